@@ -1,0 +1,1 @@
+"""The vllm-metal command line, and one local snapshot per launch."""

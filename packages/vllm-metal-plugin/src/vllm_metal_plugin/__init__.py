@@ -1,0 +1,1 @@
+"""vLLM platform plugin that runs models on MLX."""
