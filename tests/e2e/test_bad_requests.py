@@ -6,7 +6,7 @@ import urllib.request
 
 import openai
 import pytest
-from conftest import Server
+from live_server import Server
 
 BASE = {"model": "smollm2", "prompt": "Hello", "max_tokens": 4}
 CHAT = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import environment
+from live_server import environment
 
 CLI = str(Path(sys.executable).with_name("vllm-metal"))
 

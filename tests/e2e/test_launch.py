@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import VLLM, environment, processes_of_group, serving
+from live_server import VLLM, environment, processes_of_group, serving
 
 SMALL = ("--max-model-len", "256", "--max-num-seqs", "2")
 

@@ -6,7 +6,7 @@ import math
 
 import openai
 import pytest
-from conftest import Server
+from live_server import Server
 
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 STORY = "Once upon a time, in a small village by the sea,"
