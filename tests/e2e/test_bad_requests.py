@@ -90,5 +90,5 @@ def test_unknown_fields_are_ignored(server: Server, client: openai.OpenAI) -> No
 
 
 def test_error_type_reaches_the_client_library(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="maximum context length|too long|longer than"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length|too long|longer than"):
         client.completions.create(model="smollm2", prompt="word " * 4000, max_tokens=4)
