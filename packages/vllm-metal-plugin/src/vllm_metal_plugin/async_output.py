@@ -1,0 +1,72 @@
+"""A step's output that is still being computed when the engine gets it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Bool
+from vllm.logger import init_logger
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, LogprobsTensors, ModelRunnerOutput
+
+from vllm_metal_plugin.sampling import PromptLogprobs, SamplerOutput
+from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class AsyncStepOutput(AsyncModelRunnerOutput):
+    """Lazy tokens and logprobs of one step; read once, perhaps on another thread.
+
+    Attributes:
+        req_ids: All requests of the step.
+        emits: Which of them sampled; the others get an empty list.
+        sampled: The sampler's output for the emitting requests, None when there are none.
+        prompts: Prompt logprobs of requests whose prompt this step completed.
+    """
+
+    req_ids: list[str]
+    emits: Bool[np.ndarray, "reqs"]
+    sampled: SamplerOutput | None
+    prompts: Mapping[str, PromptLogprobs] = field(default_factory=dict)
+
+    def arrays(self) -> list[mx.array]:
+        """What has to be evaluated before ``get_output`` can answer without waiting."""
+        sampled: Sequence[mx.array] = self.sampled.arrays() if self.sampled is not None else ()
+        return [*sampled, *(array for prompt in self.prompts.values() for array in prompt.arrays())]
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the step and return it in vLLM's types.
+
+        A step that fails while the device computes it fails its requests, not the engine.
+        """
+        try:
+            return self._read()
+        except Exception:
+            logger.exception("A step failed; its %d requests end with an error", len(self.req_ids))
+            return FailedStepOutput.for_requests(self.req_ids)
+
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """There are no connectors."""
+        return None
+
+    def _read(self) -> ModelRunnerOutput:
+        token_ids: list[list[int]] = [[] for _ in self.req_ids]
+        logprobs = None
+        if self.sampled is not None:
+            emitting = np.flatnonzero(self.emits)
+            for i, token_id in zip(emitting, np.array(self.sampled.token_ids).tolist(), strict=True):
+                token_ids[i].append(token_id)
+            if self.sampled.logprobs is not None:
+                logprobs = self.sampled.logprobs.to_lists(emitting, len(self.req_ids))
+        prompts: dict[str, LogprobsTensors | None] = {
+            req_id: prompt.to_tensors() for req_id, prompt in self.prompts.items()
+        }
+        return ModelRunnerOutput(
+            req_ids=self.req_ids,
+            req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
+            sampled_token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs_dict=prompts,
+        )

@@ -1,0 +1,36 @@
+"""The plugin's errors, one tree.
+
+    VllmMetalPluginError
+    ├── EnvironmentVariableError   a VLLM_METAL_* variable has a value outside its allowed set
+    ├── UnsupportedConfigError     vLLM was asked for something that this plugin does not do
+    ├── ModelFilesError            the model's files are missing, damaged or of an unknown architecture
+    ├── NotEnoughMemoryError       weights and cache do not fit
+    └── UnsupportedRequestError    one request asks for something unsupported (HTTP 400)
+
+Only the last one is a ``ValueError``: pydantic would wrap a ``ValueError`` raised while vLLM builds its
+configuration into a report of its own, and the user would have to look for our sentence in it.
+"""
+
+
+class VllmMetalPluginError(Exception):
+    """Base of every error raised by this package."""
+
+
+class EnvironmentVariableError(VllmMetalPluginError):
+    """An environment variable has a value outside its allowed set."""
+
+
+class UnsupportedConfigError(VllmMetalPluginError):
+    """vLLM's configuration asks for something that this plugin does not do."""
+
+
+class ModelFilesError(VllmMetalPluginError):
+    """The model cannot be served from the files that were found."""
+
+
+class NotEnoughMemoryError(VllmMetalPluginError):
+    """The weights and one request's cache do not fit in the memory budget."""
+
+
+class UnsupportedRequestError(VllmMetalPluginError, ValueError):
+    """One request asks for something unsupported; vLLM answers HTTP 400 with the text."""

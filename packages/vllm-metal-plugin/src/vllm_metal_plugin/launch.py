@@ -1,0 +1,84 @@
+"""What happens to vLLM's engine arguments before a configuration is built from them."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from vllm_metal_plugin.errors import VllmMetalPluginError
+
+_installed = False
+
+
+def install() -> None:
+    """Wrap ``EngineArgs`` so that every launch resolves and checks its model first; safe to repeat."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    from vllm.engine.arg_utils import EngineArgs
+
+    create_engine_config = EngineArgs.create_engine_config
+    get_batch_defaults = EngineArgs.get_batch_defaults.__func__
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(self)
+        return create_engine_config(self, *args, **kwargs)
+
+    def batch_defaults(cls: Any, world_size: int) -> tuple[dict[Any, int], dict[Any, int]]:
+        return smaller_batch_defaults(*get_batch_defaults(cls, world_size))
+
+    EngineArgs.create_engine_config = create
+    EngineArgs.get_batch_defaults = classmethod(batch_defaults)
+    sys.excepthook = _print_own_errors(sys.excepthook)
+
+
+def prepare(engine_args: Any) -> None:
+    """Replace model references by local paths and check the files; a second call changes nothing.
+
+    Raises:
+        VllmMetalPluginError: The model cannot be served; the text is for the user.
+    """
+    from vllm_metal_plugin.model_path import resolve
+    from vllm_metal_plugin.preflight import check_model_files
+
+    typed = engine_args.model
+    path = resolve(typed, engine_args.revision)
+    if path != typed:
+        engine_args.served_model_name = engine_args.served_model_name or [typed]
+        engine_args.model = path
+    tokenizer = engine_args.tokenizer
+    if tokenizer is not None:
+        engine_args.tokenizer = (
+            path
+            if tokenizer == typed
+            else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
+        )
+    check_model_files(path)
+
+
+def smaller_batch_defaults(
+    tokens: dict[Any, int], seqs: dict[Any, int]
+) -> tuple[dict[Any, int], dict[Any, int]]:
+    """Cap vLLM's defaults, which it derives from memory size as if the device were a data-centre GPU.
+
+    On a Mac or a CPU a step of 2,048 prompt tokens already takes long enough to fill the device.
+    """
+    from vllm_metal_plugin.device import select_device
+
+    max_tokens, max_seqs = {"metal": (2048, 256), "cuda": (8192, 512), "cpu": (1024, 128)}[select_device()]
+    return (
+        {context: min(count, max_tokens) for context, count in tokens.items()},
+        {context: min(count, max_seqs) for context, count in seqs.items()},
+    )
+
+
+def _print_own_errors(hook: Any) -> Any:
+    """An exception hook that prints this package's errors as one message; their text says what to do."""
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, VllmMetalPluginError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            hook(kind, error, trace)
+
+    return excepthook

@@ -1,0 +1,133 @@
+"""How many bytes the KV cache may have: the device's memory less the weights and one worst-case step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, KVCacheSpec, MemoryBudget
+from metal_models import PagedModel
+from vllm_metal_plugin import device
+from vllm_metal_plugin.device import Target
+from vllm_metal_plugin.envs import MetalEnvs
+from vllm_metal_plugin.errors import NotEnoughMemoryError
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
+
+DEFAULT_FRACTION = 0.9
+CPU_FRACTION = 0.5
+CPU_KV_CACHE_BYTES = 4 << 30
+"""On a CPU the machine has other uses for its memory; a larger cache has to be asked for."""
+PROFILE_ROWS_ON_CPU = 256
+"""A CPU takes seconds for a full step; its activations are measured on fewer rows and scaled up."""
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """How much memory may be planned with, and whether a user said so."""
+
+    total_bytes: int
+    fraction: float
+    kv_cache_cap_bytes: int | None
+
+
+def memory_limit(
+    target: Target, cache_config: "CacheConfig", envs: MetalEnvs, model_bytes: int
+) -> MemoryLimit:
+    """Apply the precedence: VLLM_METAL_MEMORY_FRACTION, --gpu-memory-utilization if passed, a default.
+
+    On a CPU the total is what the system could hand out before the weights were loaded.
+    """
+    default = type(cache_config).__dataclass_fields__["gpu_memory_utilization"].default
+    passed = cache_config.gpu_memory_utilization
+    fraction = envs.memory_fraction
+    if fraction is None and passed != getattr(default, "default", default):
+        fraction = passed
+    if target != "cpu":
+        return MemoryLimit(device.total_memory_bytes(target), fraction or DEFAULT_FRACTION, None)
+    free = device.free_memory_bytes() + model_bytes
+    if fraction is None:
+        return MemoryLimit(free, CPU_FRACTION, CPU_KV_CACHE_BYTES)
+    return MemoryLimit(free, fraction, None)
+
+
+def measure_step_bytes(
+    model: PagedModel, specs: Mapping[str, KVCacheSpec], *, num_tokens: int, num_reqs: int, target: Target
+) -> int:
+    """Run one worst-case step on a throw-away cache and return the memory that it needed at its peak.
+
+    The step is one prompt of ``num_tokens`` rows, and the head on ``num_reqs`` rows as sampling sees it: in
+    float32,
+    once as logits, once sorted.
+    """
+    rows = min(num_tokens, PROFILE_ROWS_ON_CPU) if target == "cpu" else num_tokens
+    pool, metadata = _profile_cache(specs, rows)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    hidden = model.forward(mx.zeros((rows,), mx.int32), metadata, pool)
+    mx.eval(hidden, pool.arrays())
+    step_bytes = max(0, mx.get_peak_memory() - before)
+    del hidden, pool
+    head_bytes = 3 * num_reqs * model.vocab_size * mx.float32.size
+    mx.clear_cache()
+    return step_bytes * num_tokens // rows + head_bytes
+
+
+def _profile_cache(
+    specs: Mapping[str, KVCacheSpec], num_tokens: int
+) -> tuple[KVCachePool, list[AttentionMetadata]]:
+    """A cache just large enough for one request of ``num_tokens``, each layer kind in its own group."""
+    kinds = list(dict.fromkeys(specs.values()))
+    groups = [CacheGroup(tuple(name for name, spec in specs.items() if spec == kind), kind) for kind in kinds]
+    counts = [-(-num_tokens // kind.block_size) for kind in kinds]
+    pool = KVCachePool(CacheLayout.from_groups(groups, 1 + sum(counts)))
+    firsts = np.cumsum([1, *counts[:-1]])
+    starts = np.array([0, num_tokens], np.int32)
+    metadata = [
+        AttentionMetadata.build(
+            starts,
+            starts[1:],
+            np.arange(first, first + count, dtype=np.int32)[None],
+            kind.block_size,
+        )
+        for kind, first, count in zip(kinds, firsts, counts, strict=True)
+    ]
+    return pool, metadata
+
+
+def plan(
+    limit: MemoryLimit, *, model_bytes: int, overhead_bytes: int, bytes_per_block: int, block_size: int
+) -> MemoryBudget:
+    """Divide the memory.
+
+    Raises:
+        NotEnoughMemoryError: Weights and one step leave nothing for the cache; says which fraction would do.
+    """
+    usable = int(limit.total_bytes * limit.fraction)
+    kv_budget = usable - model_bytes - overhead_bytes
+    if limit.kv_cache_cap_bytes is not None:
+        kv_budget = min(kv_budget, limit.kv_cache_cap_bytes)
+    budget = MemoryBudget(
+        metal_limit=limit.total_bytes,
+        fraction=limit.fraction,
+        usable=usable,
+        model_memory=model_bytes,
+        overhead=overhead_bytes,
+        kv_budget=kv_budget,
+        per_block_bytes=bytes_per_block,
+        block_size=block_size,
+    )
+    if kv_budget < 2 * bytes_per_block:
+        needed = (model_bytes + overhead_bytes + 2 * bytes_per_block) / limit.total_bytes
+        remedy = (
+            f"Set VLLM_METAL_MEMORY_FRACTION to {min(1.0, needed + 0.05):.2f} or more, or pass a smaller "
+            "--max-num-batched-tokens"
+            if needed <= 1.0
+            else "Use a smaller or more quantised model, or a smaller --max-num-batched-tokens"
+        )
+        raise NotEnoughMemoryError(f"[memory] not enough memory for the KV cache: {budget}. {remedy}.")
+    return budget

@@ -1,0 +1,139 @@
+"""What vLLM asks about the device, and what it must change in its configuration for MLX."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms.interface import Platform, PlatformEnum
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+WORKER_CLS = "vllm_metal_plugin.worker.MetalWorker"
+ATTENTION_BACKEND = "vllm_metal_plugin.attention_backend.SyntheticBackend"
+
+
+class MetalPlatform(Platform):
+    """MLX as a vLLM platform.
+
+    For torch the device is the CPU: tensors only cross the border between vLLM and MLX there.
+    ``check_and_update_config`` runs several times on one configuration and gives the same result each time.
+    """
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    dispatch_key = "CPU"
+    dist_backend = "gloo"
+    ray_device_key = "mlx"
+    device_control_env_var = "VLLM_METAL_VISIBLE_DEVICES"
+    simple_compile_backend = "eager"
+    supported_quantization: list[str] = []  # noqa: RUF012  the base class declares it so
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        """Dtypes of weights and activations; the first replaces a checkpoint dtype outside the list.
+
+        MLX's half-precision matrix products on a CPU are several times slower than float32.
+        """
+        from vllm_metal_plugin.device import select_device
+
+        if select_device() == "cpu":
+            return [torch.float32]
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        """Name of the device for logs and usage statistics."""
+        from vllm_metal_plugin import device
+
+        return device.device_name(device.select_device())
+
+    @classmethod
+    def get_device_uuid(cls, device_id: int = 0) -> str:
+        """A machine has one MLX device: its name identifies it."""
+        return f"{cls.get_device_name(device_id)}:{device_id}"
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """Bytes that MLX may plan with."""
+        from vllm_metal_plugin import device
+
+        return device.total_memory_bytes(device.select_device())
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        """MLX has one device per process."""
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        """Random numbers come from one generator per request."""
+
+    @classmethod
+    def inference_mode(cls) -> Any:
+        """Torch code in this process never needs gradients."""
+        return torch.no_grad()
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        """Torch tensors are not copied to a device."""
+        return False
+
+    @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        """Groups of layers with different cache kinds share one pool."""
+        return True
+
+    @classmethod
+    def use_custom_allreduce(cls) -> bool:
+        """There are no CUDA collectives."""
+        return False
+
+    @classmethod
+    def num_compute_units(cls, device_id: int = 0) -> int:
+        """Only torch kernels ask; one unit makes them serial."""
+        return 1
+
+    @classmethod
+    def get_attn_backend_cls(cls, *args: Any, **kwargs: Any) -> str:
+        """Class path of the backend that answers vLLM's questions about block sizes."""
+        return ATTENTION_BACKEND
+
+    @classmethod
+    def _find_non_ssm_backends(cls, vllm_config: "VllmConfig") -> list[Any]:
+        from vllm_metal_plugin.attention_backend import SyntheticBackend
+
+        return [SyntheticBackend]
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Refuse a request that the runner cannot compute; the client gets HTTP 400 with the reason."""
+        from vllm_metal_plugin.request_checks import check_request
+
+        check_request(processed_inputs, params)
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Refuse what the plugin cannot do and point vLLM at its worker."""
+        from vllm.config import CompilationMode
+
+        from vllm_metal_plugin.config_checks import check_config
+        from vllm_metal_plugin.envs import read_envs
+
+        envs = read_envs()
+        check_config(vllm_config, envs)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        multimodal = vllm_config.model_config and vllm_config.model_config.multimodal_config
+        if multimodal:
+            multimodal.mm_device_do_normalize = False
+        parallel = vllm_config.parallel_config
+        if parallel.worker_cls != "auto":
+            return
+        # First pass only: the engine writes the block size of the cache groups into the same field later.
+        parallel.worker_cls = WORKER_CLS
+        cache = vllm_config.cache_config
+        if envs.block_size is not None and not cache.user_specified_block_size:
+            cache.block_size = envs.block_size
+        if envs.prefix_cache is not None:
+            cache.enable_prefix_caching = envs.prefix_cache

@@ -1,0 +1,52 @@
+"""What the plugin refuses of a single request, before it reaches the engine."""
+
+from typing import Any
+
+from vllm_metal_plugin.errors import UnsupportedRequestError
+
+MAX_N = 256
+
+
+def check_request(processed_inputs: Any, params: Any) -> None:
+    """Raise when the runner could not compute the request.
+
+    This is the only gate: past it, an exception would reach requests that share its step.
+
+    Args:
+        processed_inputs: vLLM's ``EngineInput``, a dictionary whose ``type`` says what the prompt is.
+        params: ``SamplingParams`` or ``PoolingParams``.
+
+    Raises:
+        UnsupportedRequestError: Names the parameter; vLLM answers HTTP 400 with the text.
+    """
+    from vllm.sampling_params import SamplingParams
+
+    kind = processed_inputs.get("type", "enc_dec") if isinstance(processed_inputs, dict) else "unknown"
+    if kind != "token":
+        _refuse("a text or token prompt", f"a prompt of type {kind!r}", "Send text or token ids.")
+    if not isinstance(params, SamplingParams):
+        _refuse("sampling parameters", type(params).__name__, "This server generates text; it does not pool.")
+    _check_sampling(params)
+
+
+def _check_sampling(params: Any) -> None:
+    if params.n > MAX_N:
+        _refuse(f"n of at most {MAX_N}", str(params.n), "Send several requests.")
+    if params.prompt_logprob_token_ids is not None:
+        _refuse("no prompt_logprob_token_ids", "a list", "Use prompt_logprobs.")
+    if params.trace_decode_token_ids is not None:
+        _refuse("no trace_decode_token_ids", "a list", "Send the text as part of the prompt.")
+    if params.thinking_token_budget is not None:
+        _refuse("no thinking_token_budget", str(params.thinking_token_budget), "Use max_tokens.")
+    if params.extra_args:
+        unknown = sorted(set(params.extra_args) - {"kv_transfer_params"})
+        if unknown:
+            _refuse(
+                "no extra arguments (vllm_xargs)", ", ".join(unknown), "Drop them: nothing here reads them."
+            )
+        if params.extra_args.get("kv_transfer_params"):
+            _refuse("no kv_transfer_params", "some", "This server transfers no KV cache.")
+
+
+def _refuse(expected: str, got: str, remedy: str) -> None:
+    raise UnsupportedRequestError(f"[request] expected {expected}, got {got}. {remedy}")

@@ -1,0 +1,97 @@
+"""From a scheduler's step and the batch to the arrays of one forward pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from metal_kv import AttentionMetadata
+from vllm_metal_plugin.input_batch import InputBatch
+
+
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """One step as data, its requests ordered with the one-row (decode) requests first.
+
+    Attributes:
+        rows: Batch row of each request of the step.
+        emits: Which requests sample a token: those whose known tokens are all computed after this step.
+        token_ids: Inputs on the device; those sampled by the previous step may not be computed yet.
+        metadata: One for each cache group.
+    """
+
+    req_ids: list[str]
+    rows: Int32[np.ndarray, "reqs"]
+    query_start_loc: Int32[np.ndarray, "reqs_plus_1"]
+    seq_lens: Int32[np.ndarray, "reqs"]
+    emits: Bool[np.ndarray, "reqs"]
+    token_ids: Int32[mx.array, "tokens"]
+    metadata: Sequence[AttentionMetadata]
+
+    @property
+    def logits_indices(self) -> Int32[np.ndarray, "emitting"]:
+        """The token row after which each emitting request samples."""
+        return self.query_start_loc[1:][self.emits] - np.int32(1)
+
+    @property
+    def emitting_rows(self) -> Int32[np.ndarray, "emitting"]:
+        """Batch rows of the emitting requests."""
+        return self.rows[self.emits]
+
+
+def build_step_inputs(
+    batch: InputBatch, num_scheduled_tokens: Mapping[str, int], block_sizes: Sequence[int]
+) -> StepInputs:
+    """Gather the inputs of one step; nothing waits for the device.
+
+    Args:
+        batch: Already updated with the scheduler's output.
+        num_scheduled_tokens: New token rows of each request.
+        block_sizes: Tokens per block of each cache group.
+    """
+    scheduled = list(num_scheduled_tokens)
+    query_lens = np.fromiter(num_scheduled_tokens.values(), np.int32, len(scheduled))
+    order = np.argsort(query_lens != 1, kind="stable")
+    req_ids = [scheduled[i] for i in order]
+    query_lens = query_lens[order]
+    rows = np.fromiter((batch.row_of[req_id] for req_id in req_ids), np.int32, len(req_ids))
+    query_start_loc = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(query_lens, out=query_start_loc[1:])
+    seq_lens = batch.num_computed_tokens[rows] + query_lens
+    metadata = [
+        AttentionMetadata.build(query_start_loc, seq_lens, table.rows(rows), block_size)
+        for table, block_size in zip(batch.block_tables, block_sizes, strict=True)
+    ]
+    return StepInputs(
+        req_ids=req_ids,
+        rows=rows,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        emits=seq_lens >= batch.num_tokens[rows],
+        token_ids=_token_ids(batch, rows, query_start_loc, seq_lens),
+        metadata=metadata,
+    )
+
+
+def _token_ids(
+    batch: InputBatch,
+    rows: Int32[np.ndarray, "reqs"],
+    query_start_loc: Int32[np.ndarray, "reqs_plus_1"],
+    seq_lens: Int32[np.ndarray, "reqs"],
+) -> Int32[mx.array, "tokens"]:
+    """Tokens that the host knows, and in the other places the last sampled token of the request's row."""
+    host = np.zeros(query_start_loc[-1], np.int32)
+    source = np.full(len(host), -1, np.int32)
+    starts = batch.num_computed_tokens[rows]
+    for i, row in enumerate(rows):
+        known = batch.requests[row].token_ids[starts[i] : seq_lens[i]]
+        begin = query_start_loc[i]
+        host[begin : begin + len(known)] = known
+        source[begin + len(known) : query_start_loc[i + 1]] = row
+    on_device = source >= 0
+    if not on_device.any():
+        return mx.array(host)
+    sampled = batch.last_token_ids[mx.array(np.maximum(source, 0))]
+    return sampled if on_device.all() else mx.where(mx.array(on_device), sampled, mx.array(host))

@@ -1,0 +1,70 @@
+"""vLLM 0.32 has no way for a worker to say "this step failed": any exception in a step ends the engine.
+
+The runner returns a ``FailedStepOutput`` instead of raising. The scheduler finishes the requests it names
+with
+status FINISHED_ERROR (the clients get HTTP 500) and drops their blocks from the prefix cache, since the step
+that should have filled them did not run. It can go when ``ModelRunnerOutput`` can carry errors per request.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+_installed = False
+
+
+@dataclass
+class FailedStepOutput(ModelRunnerOutput):
+    """The output of a step that raised: no tokens, and who must be told."""
+
+    failed_req_ids: set[str] = field(default_factory=set)
+
+    @classmethod
+    def for_requests(cls, req_ids: Iterable[str]) -> "FailedStepOutput":
+        """An output that fails ``req_ids``."""
+        ids = list(req_ids)
+        return cls(
+            req_ids=ids,
+            req_id_to_index={req_id: row for row, req_id in enumerate(ids)},
+            sampled_token_ids=[[] for _ in ids],
+            failed_req_ids=set(ids),
+        )
+
+
+def install() -> None:
+    """Teach the scheduler to read ``FailedStepOutput``."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original = Scheduler.update_from_output
+
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if isinstance(model_runner_output, FailedStepOutput):
+            _fail(self, model_runner_output.failed_req_ids)
+        return original(self, scheduler_output, model_runner_output)
+
+    Scheduler.update_from_output = update_from_output
+
+
+def _fail(scheduler: Any, failed: set[str]) -> None:
+    """Forget the cached blocks of ``failed`` and have the scheduler finish these requests with an error.
+
+    Requests that took such a block over as a shared prefix since then are failed too: they would read it.
+    """
+    blocks = {req_id: _blocks(scheduler, req_id) for req_id in scheduler.requests}
+    tainted = set[int]().union(*(blocks[req_id] for req_id in failed if req_id in blocks))
+    sharing = {req_id for req_id, ids in blocks.items() if not tainted.isdisjoint(ids)}
+    scheduler.kv_cache_manager.evict_blocks(tainted)
+    # The scheduler finishes the requests in this set with an error at the end of every update.
+    scheduler.encoder_cache_mismatch_reqs.update((failed | sharing) & scheduler.requests.keys())
+
+
+def _blocks(scheduler: Any, req_id: str) -> set[int]:
+    null_block = 0
+    groups = scheduler.kv_cache_manager.get_block_ids(req_id)
+    return {block for group in groups for block in group} - {null_block}

@@ -1,0 +1,151 @@
+"""The life of one engine worker: device, model, cache, steps."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from vllm.logger import init_logger
+from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+import metal_models
+from metal_kv import KVCachePool
+from vllm_metal_plugin import kv_cache, memory
+from vllm_metal_plugin.config import MetalConfig
+from vllm_metal_plugin.device import device_name, select_device
+from vllm_metal_plugin.input_batch import InputBatch
+from vllm_metal_plugin.model_runner import ModelRunner
+from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = init_logger(__name__)
+
+
+class MetalWorker(WorkerBase):
+    """Answers the engine's calls in the order in which vLLM makes them at start, then runs steps."""
+
+    def init_device(self) -> None:
+        """Choose the MLX device."""
+        self.config = MetalConfig.from_vllm(self.vllm_config)
+        self.target = select_device(self.config.envs)
+        logger.info("MLX %s on %s (%s)", mx.__version__, device_name(self.target), self.target)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the model from its local directory."""
+        start = time.perf_counter()
+        self.model = metal_models.load(
+            self.model_config.model, dtype=kv_cache.to_mlx_dtype(self.model_config.dtype)
+        )
+        logger.info(
+            "Loaded %s: %.2f GB in %.1f s",
+            self.model_config.model,
+            self.model.nbytes / 1e9,
+            time.perf_counter() - start,
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, "KVCacheSpec"]:
+        """What the scheduler must know of each layer's cache."""
+        self.specs = self.model.kv_cache_specs(self.cache_config.block_size)
+        return kv_cache.to_vllm_specs(self.specs)
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        """Pages are ours alone: the name only has to be one that vLLM knows."""
+        return ["LBNHC"]
+
+    def set_kv_cache_layout(self, kv_cache_layout: str, *args: Any) -> None:
+        """Record the layout; 0.33 passes one argument more."""
+        super().set_kv_cache_layout(kv_cache_layout, *args)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: as the user said, or what weights and one step leave of the budget.
+
+        Raises:
+            NotEnoughMemoryError: Nothing is left.
+        """
+        if self.cache_config.kv_cache_memory_bytes:
+            return int(self.cache_config.kv_cache_memory_bytes)
+        limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self.model.nbytes)
+        overhead = memory.measure_step_bytes(
+            self.model,
+            self.specs,
+            num_tokens=self.config.max_num_tokens,
+            num_reqs=self.config.max_num_reqs,
+            target=self.target,
+        )
+        budget = memory.plan(
+            limit,
+            model_bytes=self.model.nbytes,
+            overhead_bytes=overhead,
+            bytes_per_block=kv_cache.bytes_per_block(self.vllm_config, self.specs),
+            block_size=self.cache_config.block_size,
+        )
+        logger.info("%s", budget)
+        return budget.kv_budget
+
+    def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
+        """Allocate the cache that vLLM planned and put the runner together."""
+        layout = kv_cache.to_layout(kv_cache_config, self.specs)
+        block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+        pool = KVCachePool(layout)
+        vocab_size = self.model.vocab_size
+        mode = self.config.logprobs_mode
+        batch = InputBatch(
+            max_reqs=self.config.max_num_reqs,
+            max_blocks=[-(-self.model_config.max_model_len // size) + 1 for size in block_sizes],
+            sampling=SamplingState(self.config.max_num_reqs, vocab_size, seed=self.model_config.seed),
+            new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(
+                num_prompt_tokens, k, vocab_size, mode
+            ),
+        )
+        self.runner = ModelRunner(
+            self.model,
+            pool,
+            batch,
+            Sampler(vocab_size, mode),
+            block_sizes=block_sizes,
+            wait_before_dispatch=self.target == "cpu",
+        )
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """Take the length that fits, which vLLM finds for ``--max-model-len auto``."""
+        self.model_config.max_model_len = max_model_len
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Build the kernels of a decode step now and not in the first request."""
+        start = time.perf_counter()
+        memory.measure_step_bytes(self.model, self.specs, num_tokens=1, num_reqs=1, target=self.target)
+        return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        """Which routes the server opens."""
+        return ("generate",)
+
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> ModelRunnerOutput | None:
+        """Start a step; see ``ModelRunner.execute_model``."""
+        return self.runner.execute_model(scheduler_output)
+
+    def sample_tokens(
+        self, grammar_output: "GrammarOutput | None"
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Sample the step that was started."""
+        return self.runner.sample_tokens(grammar_output)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Nothing is drafted."""
+        return None
+
+    def execute_dummy_batch(self) -> None:
+        """Data-parallel ranks compute nothing together."""
+
+    def synchronize_device(self) -> None:
+        """Wait for everything dispatched."""
+        self.runner.synchronize()
+
+    def reset_mm_cache(self) -> None:
+        """Prompts are text: there is no such cache."""
+
+    def reset_encoder_cache(self) -> None:
+        """Prompts are text: there is no such cache."""
