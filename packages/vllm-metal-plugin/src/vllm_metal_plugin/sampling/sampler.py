@@ -1,0 +1,235 @@
+"""One token per logits row, by vLLM's rules in vLLM's order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Int32
+
+from vllm_metal_plugin.sampling.draw import draw, weights
+from vllm_metal_plugin.sampling.logprobs import (
+    LogprobColumns,
+    SampleLogprobs,
+    chosen_logprobs,
+    top_logprobs,
+)
+from vllm_metal_plugin.sampling.nucleus import Slice, mass_above, top_k_bound, top_p_slice
+from vllm_metal_plugin.sampling.penalties import (
+    apply_frequency_penalty,
+    apply_presence_penalty,
+    apply_repetition_penalty,
+)
+from vllm_metal_plugin.sampling.sampling_state import SamplingState
+from vllm_metal_plugin.sampling.step_plan import LogprobRows, Penalties, RandomRows, StepPlan, sparse_add
+from vllm_metal_plugin.sampling.structured_output import GrammarRows, add_rows, apply_grammar
+
+Table = Float[mx.array, "rows vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerOutput:
+    """Tokens of one step, on the device and not evaluated yet."""
+
+    token_ids: Int32[mx.array, "rows"]
+    logprobs: SampleLogprobs | None
+
+    def arrays(self) -> list[mx.array]:
+        """Return what has to be evaluated before the values are read."""
+        return [self.token_ids, *(self.logprobs.arrays() if self.logprobs else [])]
+
+
+class Sampler:
+    """Samples the rows of a step, lazily.
+
+    The order is vLLM's: grammar bitmask; raw log probabilities; allowed_token_ids; bad_words; min_tokens;
+    logit_bias; repetition, frequency and presence penalties; greedy choice; temperature; min_p; top_k; top_p;
+    draw. A step pays only for what its rows ask for; an all-greedy one is a single argmax.
+
+    A seeded request draws the same tokens from the same logits whatever else is in the batch.
+
+    Args:
+        vocab_size: Width of the logits.
+        logprobs_mode: ``raw_logprobs``, ``raw_logits``, ``processed_logprobs`` or ``processed_logits``.
+    """
+
+    def __init__(self, vocab_size: int, logprobs_mode: str = "raw_logprobs") -> None:
+        self._vocab_size = vocab_size
+        self._raw = logprobs_mode.startswith("raw")
+        self._normalise = logprobs_mode.endswith("logprobs")
+        self._plan_key: tuple[int, int, tuple[int, ...]] | None = None
+        self._plan: StepPlan | None = None
+
+    def __call__(
+        self, logits: Table, rows: Sequence[int], state: SamplingState, grammar: GrammarRows | None = None
+    ) -> SamplerOutput:
+        """Sample one token per logits row and advance the state of those requests (lazily).
+
+        Args:
+            logits: The head's output for the rows that emit a token, in any float type.
+            rows: The batch row of each logits row; every batch row at most once.
+            state: Holds a request at each of those batch rows.
+            grammar: Which tokens grammars allow.
+        """
+        plan = self._plan_for(state, rows)
+        if grammar is not None:
+            logits = apply_grammar(logits, grammar)
+        scores = _adjust(logits, plan, state, rows)
+        token_ids, processed = self._sample(scores, plan, state, rows)
+        logprobs = None
+        if not plan.logprobs.empty:
+            reported = logits if self._raw else processed
+            logprobs = _report(reported, token_ids, plan.logprobs, normalise=self._normalise)
+        state.advance(rows, token_ids)
+        return SamplerOutput(token_ids, logprobs)
+
+    def _plan_for(self, state: SamplingState, rows: Sequence[int]) -> StepPlan:
+        key = (id(state), state.version, tuple(rows))
+        if self._plan is None or self._plan_key != key:
+            self._plan_key, self._plan = key, StepPlan.build(state, rows)
+        return self._plan
+
+    def _sample(
+        self, scores: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]
+    ) -> tuple[Int32[mx.array, "rows"], Table]:
+        """Return the tokens, and the processed logits when they have to be reported."""
+        random = plan.random
+        num_rows = scores.shape[0]
+        if not len(random.index):
+            return mx.argmax(scores, axis=1).astype(mx.int32), scores
+        emitted = state.num_output_tokens[list(rows)]
+        uniform = np.array(
+            [[plan.requests[i].uniform(int(emitted[i]))] for i in random.index], dtype=np.float32
+        )
+        hot = take_rows(scores, random.index)
+        tokens, bound, weight = _draw_rows(hot, mx.array(uniform), random)
+        greedy_index = np.setdiff1d(np.arange(num_rows, dtype=np.int32), random.index)
+        report = not self._raw and not plan.logprobs.empty
+        if report:
+            hot = hot.astype(mx.float32)
+            if random.inverse_temperature is not None:
+                hot = hot * random.inverse_temperature
+            hot = mx.where(weight > bound, hot, -float("inf"))
+        if not len(greedy_index):
+            return tokens, hot
+        cold = take_rows(scores, greedy_index)
+        order = mx.array(np.argsort(np.concatenate([random.index, greedy_index])).astype(np.int32))
+        tokens = mx.concatenate([tokens, mx.argmax(cold, axis=1).astype(mx.int32)])[order]
+        return tokens, mx.concatenate([hot, cold.astype(mx.float32)])[order] if report else scores
+
+
+def take_rows(values: mx.array, index: np.ndarray) -> mx.array:
+    """Return some rows; all of them cost nothing. ``index`` is increasing."""
+    return values if len(index) == values.shape[0] else values[mx.array(index)]
+
+
+def _adjust(logits: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]) -> Table:
+    """Apply everything that can change a greedy choice; returns ``logits`` itself when there is nothing."""
+    if plan.allowed is not None:
+        logits = add_rows(logits, *plan.allowed)
+    if (bad := plan.bad_sequences) is not None:
+        recent = state.recent.rows(bad.slots)
+        complete = mx.all((recent == bad.prefixes) | bad.unused, axis=1)
+        addends = mx.where(complete, -float("inf"), 0.0)
+        logits = logits.astype(mx.float32).at[bad.rows, bad.last_token_ids].add(addends)
+    logits = _forbid_stop_tokens(logits, plan, state.num_output_tokens[list(rows)])
+    if (bias := plan.fixed_bias) is not None:
+        logits = logits.astype(mx.float32).at[bias.rows, bias.token_ids].add(bias.addends)
+    if plan.penalties is not None:
+        logits = _penalise(logits.astype(mx.float32), plan.penalties, state)
+    return logits
+
+
+def _forbid_stop_tokens(logits: Table, plan: StepPlan, emitted: np.ndarray) -> Table:
+    """Forbid EOS and stop tokens where ``min_tokens`` is not reached.
+
+    A grammar that has come to its end allows nothing else; such a row keeps them.
+    """
+    short = np.flatnonzero(emitted < plan.min_tokens)
+    stops = [(int(i), plan.requests[i].stop_token_ids) for i in short]
+    update = sparse_add([(i, ids, np.full(len(ids), -np.inf, dtype=np.float32)) for i, ids in stops])
+    if update is None:
+        return logits
+    logits = logits.astype(mx.float32)
+    masked = logits.at[update.rows, update.token_ids].add(update.addends)
+    structured = [plan.requests[i].params.structured_outputs is not None for i in range(len(emitted))]
+    if any(structured[i] for i, _ in stops):
+        dead = mx.max(masked, axis=1, keepdims=True) == -float("inf")
+        masked = mx.where(dead & mx.array(structured)[:, None], logits, masked)
+    return masked
+
+
+def _penalise(logits: Table, penalties: Penalties, state: SamplingState) -> Table:
+    counts, seen = state.counts.rows(penalties.slots)
+    some = take_rows(logits, penalties.index)
+    if penalties.repetition is not None:
+        some = apply_repetition_penalty(some, seen, penalties.repetition, one_sided=penalties.one_sided)
+    if penalties.frequency is not None:
+        some = apply_frequency_penalty(some, counts, penalties.frequency)
+    if penalties.presence is not None:
+        some = apply_presence_penalty(some, counts, penalties.presence)
+    if len(penalties.index) == logits.shape[0]:
+        return some
+    logits = logits[:]
+    logits[mx.array(penalties.index)] = some
+    return logits
+
+
+def _draw_rows(
+    logits: Table, uniform: Float[mx.array, "rows one"], rows: RandomRows
+) -> tuple[Int32[mx.array, "rows"], Float[mx.array, "rows one"], Table]:
+    """Return tokens, the weight that kept tokens exceed, and all weights."""
+    weight = weights(logits.astype(mx.float32), rows.inverse_temperature)
+    bound = mx.zeros_like(uniform) if rows.min_p_floor is None else rows.min_p_floor
+    if rows.top_k is not None:
+        bound = mx.maximum(bound, top_k_bound(weight, rows.top_k, rows.largest_k))
+    if not len(rows.top_p_index):
+        if rows.min_p_floor is None and rows.top_k is None:
+            return draw(weight, uniform), bound, weight
+        return draw(weight * (weight > bound), uniform), bound, weight
+    index = rows.top_p_index
+    some, floor = take_rows(weight, index), take_rows(bound, index)
+    part, nucleus = top_p_slice(some, mass_above(some, floor), floor, rows.top_p, take_rows(uniform, index))
+    if len(index) == weight.shape[0]:
+        return draw(part.apply(weight), part.uniform), nucleus, weight
+    at = mx.array(index)
+    part = Slice(
+        _replace(bound, at, part.above),
+        _replace(mx.full(bound.shape, float("inf")), at, part.upto),
+        _replace(uniform, at, part.uniform),
+    )
+    return draw(part.apply(weight), part.uniform), _replace(bound, at, nucleus), weight
+
+
+def _replace(values: mx.array, at: mx.array, new: mx.array) -> mx.array:
+    values = values[:]
+    values[at] = new
+    return values
+
+
+def _report(
+    scores: Table, token_ids: Int32[mx.array, "rows"], wanted: LogprobRows, *, normalise: bool
+) -> SampleLogprobs:
+    parts: list[LogprobColumns] = []
+    if len(wanted.top_index):
+        some, tokens = take_rows(scores, wanted.top_index), take_rows(token_ids, wanted.top_index)
+        parts.append(top_logprobs(some, tokens, int(wanted.top_k.max()), normalise=normalise))
+    if len(wanted.chosen_index):
+        some, tokens = take_rows(scores, wanted.chosen_index), take_rows(token_ids, wanted.chosen_index)
+        ids = mx.concatenate([tokens[:, None], wanted.chosen_ids], axis=1)
+        parts.append(chosen_logprobs(some, ids, normalise=normalise))
+    width = max(part.logprobs.shape[1] for part in parts)
+    columns = LogprobColumns(
+        mx.concatenate([_widen(part.token_ids, width) for part in parts]),
+        mx.concatenate([_widen(part.logprobs, width) for part in parts]),
+        mx.concatenate([part.ranks for part in parts]),
+    )
+    return SampleLogprobs(
+        np.concatenate([wanted.top_index, wanted.chosen_index]),
+        columns,
+        np.concatenate([wanted.top_k, wanted.num_chosen]) + 1,
+    )
+
+
+def _widen(values: mx.array, width: int) -> mx.array:
+    return mx.pad(values, [(0, 0), (0, width - values.shape[1])])
