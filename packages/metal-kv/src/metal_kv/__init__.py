@@ -1,1 +1,54 @@
 """KV-cache memory for MLX: specs, layouts, pools, block tables and a memory budget."""
+
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.block_pool import BlockPool, SequenceBlocks
+from metal_kv.block_table import BlockTable, kernel_block_table
+from metal_kv.budget import MemoryBudget
+from metal_kv.errors import BlockTableError, MetalKVError, NotEnoughMemoryError, OutOfBlocksError, SpecError
+from metal_kv.layout import CacheGroup, CacheLayout, LayerPlace, bytes_per_block, max_blocks_per_request
+from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.slot_mapping import slot_mapping, token_positions
+from metal_kv.spec import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    LatentSpec,
+    RecurrentStateSpec,
+    SlidingWindowSpec,
+    with_block_size,
+)
+
+__all__ = [
+    # what a layer keeps
+    "KVCacheSpec",
+    "AttentionSpec",
+    "FullAttentionSpec",
+    "SlidingWindowSpec",
+    "LatentSpec",
+    "RecurrentStateSpec",
+    "with_block_size",
+    # where it lies
+    "CacheGroup",
+    "CacheLayout",
+    "LayerPlace",
+    "bytes_per_block",
+    "max_blocks_per_request",
+    "KVCachePool",
+    "LayerCache",
+    # which rows a step writes and reads
+    "BlockTable",
+    "kernel_block_table",
+    "AttentionMetadata",
+    "slot_mapping",
+    "token_positions",
+    # how much there is, and who has it
+    "MemoryBudget",
+    "BlockPool",
+    "SequenceBlocks",
+    # errors
+    "MetalKVError",
+    "SpecError",
+    "BlockTableError",
+    "OutOfBlocksError",
+    "NotEnoughMemoryError",
+]

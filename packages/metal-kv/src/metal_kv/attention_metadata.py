@@ -1,0 +1,78 @@
+"""What attention and cache writes of one step need to know, for one cache group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Int32
+from metal_kernels import RaggedBatch
+
+from metal_kv.block_table import kernel_block_table
+from metal_kv.errors import SpecError
+from metal_kv.slot_mapping import slot_mapping, token_positions
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """The rows of a step, where they are written and what they may read, for the layers of one cache group.
+
+    Attributes:
+        batch: Requests, context lengths and block table of the step, in kernel blocks.
+        slot_mapping: Cache slot each row is written to; -1 for none.
+        positions: Position of every row in its own sequence; groups of a step share one array.
+    """
+
+    batch: RaggedBatch
+    slot_mapping: Int32[mx.array, "tokens"]
+    positions: Int32[mx.array, "tokens"]
+
+    @classmethod
+    def build(
+        cls,
+        query_start_loc: Sequence[int] | np.ndarray,
+        seq_lens: Sequence[int] | np.ndarray,
+        block_table: Int32[np.ndarray, "reqs max_blocks"],
+        block_size: int,
+        positions: Int32[mx.array, "tokens"] | None = None,
+        *,
+        kernel_block_size: int | None = None,
+    ) -> "AttentionMetadata":
+        """Build the metadata of a step on the host.
+
+        Args:
+            query_start_loc: First row of every request, then the number of rows.
+            seq_lens: Context length of every request, the step's rows included.
+            block_table: Allocated block ids per request, padded on the right with 0. It is kept, not copied,
+                unless kernel blocks are smaller: evaluate or finish the step before changing it.
+            block_size: Tokens per allocated block.
+            positions: The step's positions when another group already has them.
+            kernel_block_size: Tokens per block as kernels see them; None for ``block_size``.
+
+        Raises:
+            BlockTableError: A row lies beyond the request's blocks.
+            SpecError: ``kernel_block_size`` does not divide ``block_size``.
+        """
+        kernel_block_size = kernel_block_size or block_size
+        if block_size % kernel_block_size:
+            raise SpecError(
+                f"[AttentionMetadata.build] expected a kernel_block_size that divides {block_size}, "
+                f"got {kernel_block_size}. Use the kernel block size of the group."
+            )
+        starts = np.asarray(query_start_loc, np.int32)
+        lens = np.asarray(seq_lens, np.int32)
+        batch = RaggedBatch(
+            query_start_loc=starts,
+            seq_lens=lens,
+            block_table=kernel_block_table(block_table, block_size // kernel_block_size),
+        )
+        host_positions = token_positions(starts, lens)
+        slots = slot_mapping(starts, host_positions, block_table, block_size)
+        if positions is None:
+            positions = mx.array(host_positions)
+        return cls(batch, mx.array(slots), positions)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return int(self.slot_mapping.shape[0])

@@ -1,0 +1,158 @@
+"""Block ids of every request, on the host, ready to be read by a step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from metal_kv.errors import BlockTableError
+
+
+class BlockTable:
+    """A preallocated int32 table: one row of block ids per request.
+
+    Everything right of a row's length is 0, the null block, so that any prefix of columns is a table padded as
+    kernels expect it.
+
+    Invariants (``tests/test_block_table.py``): the table equals a list of lists under any schedule of changes;
+    columns beyond a row's length are 0.
+
+    Args:
+        max_reqs: Rows.
+        max_blocks: Columns: the blocks of the longest request.
+    """
+
+    def __init__(self, max_reqs: int, max_blocks: int) -> None:
+        if max_reqs < 1 or max_blocks < 1:
+            raise BlockTableError(
+                f"[BlockTable] expected at least one row and one column, got {max_reqs} and {max_blocks}. "
+                "Size the table by the largest batch and the longest request."
+            )
+        self._table = np.zeros((max_reqs, max_blocks), np.int32)
+        self._num_blocks = np.zeros(max_reqs, np.int64)
+        self._num_blocks_view = self._num_blocks.view()
+        self._num_blocks_view.flags.writeable = False
+
+    @property
+    def max_reqs(self) -> int:
+        """Number of rows."""
+        return int(self._table.shape[0])
+
+    @property
+    def max_blocks(self) -> int:
+        """Most block ids a row can hold."""
+        return int(self._table.shape[1])
+
+    @property
+    def num_blocks(self) -> np.ndarray:
+        """Block ids in use per row; a read-only view that follows later changes."""
+        return self._num_blocks_view
+
+    def row(self, row: int) -> Int32[np.ndarray, "blocks"]:
+        """Return a copy of the block ids of one row, without padding."""
+        self._check_row("row", row)
+        return self._table[row, : self._num_blocks[row]].copy()
+
+    def add_row(self, row: int, block_ids: Sequence[int]) -> None:
+        """Make ``block_ids`` the content of a row, whatever it held before."""
+        self._check_row("add_row", row)
+        ids = self._checked_ids("add_row", row, 0, block_ids)
+        self._table[row, ids.size : max(ids.size, int(self._num_blocks[row]))] = 0
+        self._table[row, : ids.size] = ids
+        self._num_blocks[row] = ids.size
+
+    def append_row(self, row: int, block_ids: Sequence[int]) -> None:
+        """Append block ids to a row."""
+        self._check_row("append_row", row)
+        start = int(self._num_blocks[row])
+        ids = self._checked_ids("append_row", row, start, block_ids)
+        self._table[row, start : start + ids.size] = ids
+        self._num_blocks[row] = start + ids.size
+
+    def clear_row(self, row: int) -> None:
+        """Empty a row."""
+        self._check_row("clear_row", row)
+        self._table[row, : self._num_blocks[row]] = 0
+        self._num_blocks[row] = 0
+
+    def move_row(self, source: int, destination: int) -> None:
+        """Move a row over another one and leave the source empty."""
+        self._check_row("move_row", source)
+        self._check_row("move_row", destination)
+        if source != destination:
+            used = max(self._num_blocks[source], self._num_blocks[destination])
+            self._table[destination, :used] = self._table[source, :used]
+            self._num_blocks[destination] = self._num_blocks[source]
+            self.clear_row(source)
+
+    def swap_row(self, first: int, second: int) -> None:
+        """Exchange two rows."""
+        self._check_row("swap_row", first)
+        self._check_row("swap_row", second)
+        pair, reverse = [first, second], [second, first]
+        used = int(self._num_blocks[pair].max())
+        self._table[pair, :used] = self._table[reverse, :used]
+        self._num_blocks[pair] = self._num_blocks[reverse]
+
+    def rows(self, rows: int | Sequence[int] | np.ndarray) -> Int32[np.ndarray, "reqs max_blocks"]:
+        """Return the rows of a step, trimmed to the longest of them (at least one column).
+
+        Args:
+            rows: The rows in step order, or a number ``n`` for the first ``n`` rows.
+
+        Returns:
+            For a number, a view that later changes write through: build the step before changing the table.
+            For a list of rows, a copy.
+        """
+        if isinstance(rows, int):
+            if not 0 <= rows <= self.max_reqs:
+                raise BlockTableError(
+                    f"[BlockTable.rows] expected 0 to {self.max_reqs} rows, got {rows}. Enlarge max_reqs."
+                )
+            return self._table[:rows, : self._widest(self._num_blocks[:rows])]
+        indices = np.asarray(rows, np.intp)
+        if indices.size and not (0 <= indices.min() and indices.max() < self.max_reqs):
+            raise BlockTableError(
+                f"[BlockTable.rows] expected rows in 0..{self.max_reqs - 1}, got {indices.tolist()}. "
+                "Pass rows that were added."
+            )
+        return self._table[:, : self._widest(self._num_blocks[indices])].take(indices, axis=0)
+
+    @staticmethod
+    def _widest(num_blocks: np.ndarray) -> int:
+        return max(int(num_blocks.max(initial=1)), 1)
+
+    def _check_row(self, operation: str, row: int) -> None:
+        if not 0 <= row < self.max_reqs:
+            raise BlockTableError(
+                f"[BlockTable.{operation}] expected a row in 0..{self.max_reqs - 1}, got {row}. Enlarge max_reqs."
+            )
+
+    def _checked_ids(self, operation: str, row: int, start: int, block_ids: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(block_ids, np.int32)
+        if start + ids.size > self.max_blocks:
+            raise BlockTableError(
+                f"[BlockTable.{operation}] expected at most {self.max_blocks} blocks in row {row}, "
+                f"got {start + ids.size}. Enlarge max_blocks or shorten the request."
+            )
+        if ids.size and ids.min() < 0:
+            raise BlockTableError(
+                f"[BlockTable.{operation}] expected block ids >= 0, got {int(ids.min())} for row {row}. "
+                "Pass the ids of the allocator unchanged; 0 stands for a block that is gone."
+            )
+        return ids
+
+
+def kernel_block_table(
+    block_table: Int32[np.ndarray, "reqs max_blocks"], blocks_per_block: int
+) -> Int32[np.ndarray, "reqs kernel_blocks"]:
+    """Return the table in kernel blocks, each allocated block being ``blocks_per_block`` consecutive ones.
+
+    Block ``b`` becomes ``b * blocks_per_block + 0, 1, …``; the null block stays 0 in every column.
+    """
+    if blocks_per_block == 1:
+        return block_table
+    first = block_table[:, :, None] * np.int32(blocks_per_block)
+    expanded = first + np.arange(blocks_per_block, dtype=np.int32)
+    np.multiply(expanded, first != 0, out=expanded)
+    return expanded.reshape(block_table.shape[0], -1)

@@ -1,0 +1,285 @@
+"""The arrays that hold cached rows, and their layers' access to them."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+from jaxtyping import Float
+from metal_kernels import copy_blocks, paged_attention, reshape_and_cache, target
+
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.errors import MetalKVError
+from metal_kv.layout import CacheLayout, LayerPlace
+from metal_kv.spec import AttentionSpec, KVCacheSpec
+
+
+def _view(array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Reinterpret a contiguous array whose first axis counts pages; lazy, no copy, donatable."""
+    if array.dtype != dtype:
+        array = array.reshape(array.shape[0], -1).view(dtype)
+    return array if array.shape == shape else array.reshape(shape)
+
+
+class _Slab:
+    """One allocation of ``num_blocks`` pages: the only owner of its array.
+
+    MLX writes an array in place only while nothing else refers to it, so ``update`` lets go of the array before the
+    write is built, and an array that was read since is evaluated first where layers of several groups take turns.
+    """
+
+    def __init__(self, num_blocks: int, shape: tuple[int, ...], dtype: mx.Dtype, shared: bool) -> None:
+        self._num_blocks = num_blocks
+        self._array: mx.array | None = mx.zeros(shape, dtype)
+        self._shared = shared and target() == "cpu"
+        self._reads: list[mx.array] = []
+
+    @property
+    def array(self) -> mx.array:
+        """The array in the form of the layer that wrote last."""
+        if self._array is None:
+            raise MetalKVError(
+                "[KVCachePool] expected a cache array, got none: an earlier write failed while it was being built. "
+                "Make a new pool."
+            )
+        return self._array
+
+    def view(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        return _view(self.array, shape, dtype)
+
+    def update(self, shape: tuple[int, ...], dtype: mx.Dtype, write: Callable[[mx.array], mx.array]) -> None:
+        if self._reads:
+            mx.eval(self._reads)
+            self._reads.clear()
+        array = self.view(shape, dtype)
+        self._array = None
+        # One reference stays here while ``write`` builds its part of the graph; it goes before anything is evaluated.
+        try:
+            self._array = write(array)
+        finally:
+            if self._array is None:
+                self._array = array
+
+    def note_read(self, output: mx.array) -> None:
+        """Remember that ``output`` reads the array, by a scalar with a buffer of its own."""
+        if self._shared and output.size:
+            self._reads.append(output[0, 0].astype(mx.float32).sum())
+
+    def pending(self) -> list[mx.array]:
+        """Arrays to evaluate so that everything built so far on this slab is done."""
+        return [self.array, *self._reads]
+
+
+class LayerCache:
+    """One layer's pages in a pool.
+
+    Attributes:
+        name: The layer's name.
+        group: Index of its cache group: which block table and metadata of a step are its own.
+        spec: What it keeps per allocated block.
+    """
+
+    def __init__(self, name: str, place: LayerPlace, slab: _Slab) -> None:
+        self.name = name
+        self.group = place.group
+        self.spec: KVCacheSpec = place.spec
+        self._shape = place.view_shape
+        self._slab = slab
+
+    @property
+    def kv_cache(self) -> mx.array:
+        """The layer's pages, ``[blocks, *page_shape]``, as last written.
+
+        Lazy. Do not keep it: a later write copies the whole slab if this array is still alive.
+        """
+        return self._slab.view(self._shape, self.spec.page_dtype)
+
+    def write(
+        self,
+        key: Float[mx.array, "tokens kv_heads head_size"],
+        value: Float[mx.array, "tokens kv_heads head_size"],
+        metadata: AttentionMetadata,
+    ) -> mx.array:
+        """Write the keys and values of a step's rows to their slots.
+
+        Args:
+            key: Keys, rotated; converted to the cache's dtype.
+            value: Values; converted likewise.
+            metadata: The step as this layer's group sees it.
+
+        Returns:
+            An array that orders later reads of the same step after this write: hand it to ``attend``.
+        """
+        spec = self._attention_spec("write")
+        expected = (metadata.num_tokens, spec.num_kv_heads, spec.head_size)
+        if key.shape != expected or value.shape != expected:
+            raise MetalKVError(
+                f"[LayerCache.write] expected keys and values of shape {expected} for layer {self.name!r}, "
+                f"got {key.shape} and {value.shape}. The layer's spec must match its model."
+            )
+        order_tokens = []
+
+        def write(kv_cache: mx.array) -> mx.array:
+            kv_cache, order_token = reshape_and_cache(
+                key.astype(spec.dtype), value.astype(spec.dtype), kv_cache, metadata.slot_mapping
+            )
+            order_tokens.append(order_token)
+            return kv_cache
+
+        self.update(write)
+        return order_tokens[0]
+
+    def attend(
+        self,
+        query: Float[mx.array, "tokens q_heads head_size"],
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        soft_cap: float | None = None,
+        sinks: Float[mx.array, "q_heads"] | None = None,
+        sliding_window: int | None = None,
+        order_token: mx.array | None = None,
+    ) -> Float[mx.array, "tokens q_heads head_size"]:
+        """Return attention of a step's rows over the cached context of their requests, their own rows included.
+
+        Args:
+            query: Queries, rotated.
+            metadata: The step as this layer's group sees it.
+            scale: Factor of the scores.
+            soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)``; None for no cap.
+            sinks: One extra logit per head that takes part in the softmax and has no value.
+            sliding_window: Positions a row sees, its own included; None for what the spec says.
+            order_token: What ``write`` of the same step returned.
+        """
+        window = sliding_window or self._attention_spec("attend").window
+        output = paged_attention(
+            query,
+            self.kv_cache,
+            metadata.batch,
+            scale=scale,
+            sliding_window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            order_token=order_token,
+        )
+        self._slab.note_read(output)
+        return output
+
+    def update(self, write: Callable[[mx.array], mx.array]) -> None:
+        """Replace the layer's pages by ``write(pages)``; what latent and recurrent layers write with.
+
+        Args:
+            write: Takes ``kv_cache`` and returns an array of the same shape and dtype built from it; it keeps
+                no reference to what it was given, so that MLX can write in place.
+        """
+        self._slab.update(self._shape, self.spec.page_dtype, write)
+
+    def _attention_spec(self, operation: str) -> AttentionSpec:
+        if not isinstance(self.spec, AttentionSpec):
+            raise MetalKVError(
+                f"[LayerCache.{operation}] expected a layer with keys and values, got {type(self.spec).__name__} for "
+                f"layer {self.name!r}. Use kv_cache and update for latent rows and states."
+            )
+        return self.spec
+
+
+class KVCachePool:
+    """All cache memory of a model, allocated once.
+
+    Each slab is one array; the layers that share it see the same bytes, each in the shape of its own spec.
+
+    Invariants (``tests/test_pool.py``): a written row is read back until its block is reused; a write never copies a
+    slab when each step is evaluated before the next is built; the null block stays zero.
+
+    Args:
+        layout: Which layers lie where; every slab is allocated, zeroed and evaluated here.
+    """
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self.layout = layout
+        places = layout.places()
+        first = {place.slab: place for place in reversed(list(places.values()))}
+        users = [place.slab for place in places.values()]
+        self._slabs = [
+            _Slab(
+                layout.num_blocks,
+                first[slab].view_shape,
+                first[slab].spec.page_dtype,
+                shared=users.count(slab) > 1,
+            )
+            for slab in range(layout.num_slabs)
+        ]
+        mx.eval(self.arrays())
+        self._layers = {name: LayerCache(name, place, self._slabs[place.slab]) for name, place in places.items()}
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of all layers, group by group."""
+        return tuple(self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs."""
+        return self.layout.nbytes
+
+    def layer(self, name: str) -> LayerCache:
+        """Return the cache of one layer."""
+        try:
+            return self._layers[name]
+        except KeyError:
+            raise MetalKVError(
+                f"[KVCachePool.layer] expected one of {list(self._layers)}, got {name!r}. "
+                "Use the names the layout was made with."
+            ) from None
+
+    def arrays(self) -> list[mx.array]:
+        """Return what to evaluate together with a step's outputs so that its writes are done.
+
+        On CPU, evaluate them before building the next step, and drop the list: while it lives, writes copy.
+        """
+        return [array for slab in self._slabs for array in slab.pending()]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks over all slabs, ``(source, destination)`` each; evaluated before it returns.
+
+        Raises:
+            MetalKVError: A block outside the pool, a destination that is the null block, named twice or itself a
+                source.
+        """
+        if pairs:
+            self._check_pairs(pairs)
+            sources, destinations = (mx.array(ids, mx.int32) for ids in zip(*pairs, strict=True))
+            self._copy(sources, destinations)
+
+    def zero_blocks(self, block_ids: Sequence[int]) -> None:
+        """Set whole blocks to zero over all slabs; evaluated before it returns.
+
+        Raises:
+            MetalKVError: A block outside the pool.
+        """
+        block_ids = sorted(set(block_ids) - {0})
+        self.copy_blocks([(0, block_id) for block_id in block_ids])
+
+    def _check_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
+        sources, destinations = zip(*pairs, strict=True)
+        num_blocks = self.layout.num_blocks
+        if not (0 <= min(sources) <= max(sources) < num_blocks and 1 <= min(destinations) <= max(destinations) < num_blocks):
+            raise MetalKVError(
+                f"[KVCachePool.copy_blocks] expected sources in 0..{num_blocks - 1} and destinations in "
+                f"1..{num_blocks - 1}, got {list(pairs)}. Pass ids of the allocator of this pool."
+            )
+        if len(set(destinations)) < len(destinations) or set(destinations) & set(sources):
+            raise MetalKVError(
+                f"[KVCachePool.copy_blocks] expected every destination once and none among the sources, "
+                f"got {list(pairs)}. Copy in several calls."
+            )
+
+    def _copy(self, sources: mx.array, destinations: mx.array) -> None:
+        for slab, page_size in zip(self._slabs, self.layout.page_sizes, strict=True):
+            dtype = next(dtype for dtype in (mx.uint32, mx.uint16, mx.uint8) if page_size % (2 * dtype.size) == 0)
+            shape = (self.layout.num_blocks, 2, 1, 1, page_size // (2 * dtype.size))
+
+            def write(pages: mx.array) -> mx.array:
+                return copy_blocks(pages, sources, destinations)[0]
+
+            mx.eval(slab.pending())
+            slab.update(shape, dtype, write)
+            mx.eval(slab.array)
