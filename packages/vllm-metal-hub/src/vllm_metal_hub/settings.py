@@ -1,0 +1,129 @@
+"""What the environment says about hubs, caches and the network, read once."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from vllm_metal_hub.errors import UsageError
+from vllm_metal_hub.model_ref import Source
+
+Update = Literal["never", "check", "always"]
+
+HUGGINGFACE = "https://huggingface.co"
+MODELSCOPE = "https://www.modelscope.cn"
+
+_TRUE = {"1", "true", "yes", "on"}
+
+VARIABLES: dict[str, str] = {
+    "VLLM_METAL_HUB_HOME": "Where manifests and ModelScope snapshots are kept (~/.cache/vllm-metal-hub).",
+    "VLLM_METAL_HUB_SOURCE": "huggingface, modelscope, or both with a comma: the order to try them in.",
+    "VLLM_METAL_HUB_TIMEOUT": "Seconds without an answer or a byte before a request is tried again (10).",
+    "VLLM_METAL_HUB_RETRIES": "How often a request is tried before its hub is given up (5).",
+    "VLLM_METAL_HUB_UPDATE": "never, check or always: whether to ask again for a branch that was pulled.",
+    "VLLM_METAL_HUB_TOKEN_TO_MIRROR": "1 sends HF_TOKEN to an HF_ENDPOINT that is not huggingface.co.",
+    "VLLM_METAL_HUB_RESOLVED": "Set by the first process for its children: references and their local paths.",
+}
+
+
+def is_true(value: str | None) -> bool:
+    """Read a flag the way its users write it."""
+    return (value or "").strip().lower() in _TRUE
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+    """Read a failover order such as ``modelscope,huggingface``.
+
+    Raises:
+        UsageError: a word that names no hub.
+    """
+    short = {"hf": "huggingface", "ms": "modelscope"}
+    words = [
+        short.get(word.strip().lower(), word.strip().lower()) for word in text.split(",") if word.strip()
+    ]
+    if not words or any(word not in get_args(Source) for word in words):
+        raise UsageError(
+            f"[source] expected huggingface, modelscope or both with a comma, got {text!r}. Change it."
+        )
+    return tuple(cast(list[Source], list(dict.fromkeys(words))))
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """The environment as values; see ``VARIABLES`` and docs/hub.md for the names."""
+
+    home: Path
+    sources: tuple[Source, ...]
+    offline: bool
+    update: Update
+    timeout_s: float
+    retries: int
+    token_to_mirror: bool
+    hf_endpoint: str
+    hf_cache: Path
+    modelscope_endpoint: str
+    modelscope_cache: Path
+    modelscope_import: Path | None
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "HubSettings":
+        """Read the environment.
+
+        Raises:
+            UsageError: a variable of ours has a value outside its set.
+        """
+        env = os.environ if environ is None else environ
+        home = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home()) / ".cache")
+        hf_home = Path(env.get("HF_HOME") or home / "huggingface").expanduser()
+        extra = env.get("VLLM_METAL_MODELSCOPE_CACHE")
+        return cls(
+            home=Path(env.get("VLLM_METAL_HUB_HOME") or home / "vllm-metal-hub").expanduser(),
+            sources=_sources(env),
+            offline=is_true(env.get("HF_HUB_OFFLINE")) or is_true(env.get("TRANSFORMERS_OFFLINE")),
+            update=_update(env),
+            timeout_s=_number(env, "VLLM_METAL_HUB_TIMEOUT", 10.0),
+            retries=int(_number(env, "VLLM_METAL_HUB_RETRIES", 5.0)),
+            token_to_mirror=is_true(env.get("VLLM_METAL_HUB_TOKEN_TO_MIRROR")),
+            hf_endpoint=(env.get("HF_ENDPOINT") or HUGGINGFACE).rstrip("/"),
+            hf_cache=Path(env.get("HF_HUB_CACHE") or hf_home / "hub").expanduser(),
+            modelscope_endpoint=_modelscope_endpoint(env),
+            modelscope_cache=Path(env.get("MODELSCOPE_CACHE") or home / "modelscope").expanduser(),
+            modelscope_import=Path(extra).expanduser() if extra else None,
+        )
+
+    def endpoint(self, source: Source) -> str:
+        """The address that ``source`` is asked at."""
+        return self.hf_endpoint if source == "huggingface" else self.modelscope_endpoint
+
+
+def _sources(env: Mapping[str, str]) -> tuple[Source, ...]:
+    text = env.get("VLLM_METAL_HUB_SOURCE")
+    if text and text != "auto":
+        return parse_sources(text)
+    return ("modelscope",) if is_true(env.get("VLLM_USE_MODELSCOPE")) else ("huggingface",)
+
+
+def _update(env: Mapping[str, str]) -> Update:
+    value = env.get("VLLM_METAL_HUB_UPDATE") or "never"
+    if value not in get_args(Update):
+        raise UsageError(
+            f"[VLLM_METAL_HUB_UPDATE] expected never, check or always, got {value!r}. Change or unset it."
+        )
+    return cast(Update, value)
+
+
+def _number(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise UsageError(f"[{name}] expected a number above 0, got {text!r}. Change or unset it.")
+    return value
+
+
+def _modelscope_endpoint(env: Mapping[str, str]) -> str:
+    domain = env.get("MODELSCOPE_ENDPOINT") or env.get("MODELSCOPE_DOMAIN") or MODELSCOPE
+    return (domain if "://" in domain else f"https://{domain}").rstrip("/")

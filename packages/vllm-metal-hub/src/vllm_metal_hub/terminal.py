@@ -1,0 +1,58 @@
+"""How progress looks: one live line on a terminal, one plain line per change elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class StageDisplay:
+    """Shows what something slow does now, and for how long."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._started = time.monotonic()
+        self._stage = ""
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TextColumn("[dim]{task.fields[stage]}[/]"),
+            TimeElapsedColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task(title, total=None, stage="")
+
+    def __enter__(self) -> "StageDisplay":
+        if self._console.is_terminal:
+            self._progress.start()
+        else:
+            self._console.print(f"{self._title} …", highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since this was made."""
+        return time.monotonic() - self._started
+
+    def show(self, stage: str) -> None:
+        """Say what happens from now on."""
+        if stage == self._stage:
+            return
+        self._stage = stage
+        if self._console.is_terminal:
+            self._progress.update(self._task, stage=stage)
+        else:
+            self._console.print(f"  {self.elapsed_s:5.1f} s  {stage}", highlight=False)
+
+
+def bytes_text(count: int | float) -> str:
+    """A byte count as people write it: 98.4 MB, 2.1 GB (powers of ten, as hubs and disks count)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

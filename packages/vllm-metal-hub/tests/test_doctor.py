@@ -1,0 +1,65 @@
+import json
+import os
+import subprocess
+import sys
+
+from vllm_metal_hub.doctor_checks import cache_checks, environment_checks, mlx_checks
+
+
+def by_name(checks):
+    return {check.name: check for check in checks}
+
+
+def test_traps_are_found(monkeypatch):
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    monkeypatch.setenv("VLLM_PLUGINS", "metal")
+    monkeypatch.setenv("VLLM_METAL_MEMORY_FRACTOIN", "0.5")
+    found = by_name(environment_checks())
+    assert found["VLLM_TARGET_DEVICE"].status == "fail"
+    assert found["VLLM_PLUGINS"].status == "fail"
+    assert "metal_general" in found["VLLM_PLUGINS"].advice
+    assert found["VLLM_METAL_MEMORY_FRACTOIN"].status == "warn"
+
+
+def test_a_clean_environment_is_ok(monkeypatch):
+    for name in ("VLLM_TARGET_DEVICE", "VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.delenv(name, raising=False)
+    assert {check.status for check in environment_checks()} == {"ok"}
+
+
+def test_tokens_are_never_printed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert "hf_secret" not in repr(list(environment_checks()))
+
+
+def test_bad_values_are_explained(monkeypatch):
+    monkeypatch.setenv("VLLM_METAL_HUB_UPDATE", "sometimes")
+    assert "never, check or always" in by_name(environment_checks())["Values"].found
+
+
+def test_the_device_compiles():
+    found = by_name(mlx_checks())
+    assert found["Device"].status == "ok"
+    assert found["Compiler"].status == "ok"
+
+
+def test_caches_and_disk():
+    found = by_name(cache_checks())
+    assert "not there yet" in found["Hugging Face cache"].found
+    assert "free at" in found["Disk"].found
+
+
+def test_json_for_scripts():
+    env = {**os.environ, "VLLM_TARGET_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_metal_hub", "doctor", "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert report["ok"] is False
+    assert {"group", "name", "status", "found", "advice"} == set(report["checks"][0])
+    assert [c["status"] for c in report["checks"] if c["name"] == "VLLM_TARGET_DEVICE"] == ["fail"]
