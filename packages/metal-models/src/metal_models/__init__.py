@@ -1,1 +1,15 @@
 """mlx-lm's models over a paged KV cache: ragged batches, GGUF and safetensors loading."""
+
+from metal_models.errors import CheckpointError, MetalModelsError, UnsupportedModelError
+from metal_models.loader import load
+from metal_models.model import PagedModel
+from metal_models.registry import supported
+
+__all__ = [
+    "CheckpointError",
+    "MetalModelsError",
+    "PagedModel",
+    "UnsupportedModelError",
+    "load",
+    "supported",
+]

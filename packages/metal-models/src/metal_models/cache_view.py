@@ -1,0 +1,189 @@
+"""What one layer of an mlx-lm model sees in place of its cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.pool import LayerCache
+from metal_models.errors import MetalModelsError
+
+
+class Step:
+    """The rows under way, shared by the views of all layers.
+
+    A model sees every scheduled token as a batch row of length 1, so the batch axis of its
+    arrays is the token axis of the step.
+    """
+
+    def __init__(self) -> None:
+        self.views: list[CacheView] = []
+        self.positions = mx.zeros((0,), mx.int32)
+        self.metadata: Sequence[AttentionMetadata] = ()
+
+    def begin(self, metadata: Sequence[AttentionMetadata]) -> None:
+        """Make ``metadata`` (one per cache group) the rows that the views speak of."""
+        self.metadata = metadata
+        self.positions = metadata[0].positions
+
+    def end(self) -> None:
+        """Drop what the layers left, so that nothing outlives its step."""
+        self.metadata = ()
+        for view in self.views:
+            view.forget()
+
+    def owner(self, keys: mx.array, asked: object) -> "CacheView":
+        """Return the view that stored ``keys``: most often ``asked``, else the layer it shares with."""
+        if isinstance(asked, CacheView) and asked.keys is keys:
+            return asked
+        for view in self.views:
+            if view.keys is keys:
+                return view
+        raise MetalModelsError(
+            "[attention] expected the keys that a layer's cache returned, got other keys. "
+            "The model changes its keys after caching them, which a paged cache cannot follow."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PagedMask:
+    """Stands for an attention mask on its way from ``make_mask`` to the attention call.
+
+    It has no array: causality follows from positions, and only the window has to travel. A
+    model that looks inside its mask fails on it, and is refused when it is traced.
+    """
+
+    step: Step
+    window: int | None
+
+
+class CacheView:
+    """mlx-lm's cache protocol over the rows of a step; this base stores nothing.
+
+    Args:
+        step: Shared by all views of a model.
+        window: How many latest tokens the layer's own cache would keep, or None for all.
+    """
+
+    def __init__(self, step: Step, window: int | None) -> None:
+        self.step = step
+        self.window = window
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        step.views.append(self)
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of every row, int32 ``[tokens]``; rotary embeddings take it as it is."""
+        return self.step.positions
+
+    def make_mask(
+        self,
+        N: int,
+        return_array: bool = False,
+        window_size: int | None = None,
+    ) -> PagedMask:
+        """Return the stand-in that carries the window to the attention call."""
+        return PagedMask(self.step, window_size or self.window)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store this step's rows ``[tokens, kv_heads, 1, head_size]``; return the same rows."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return the rows stored in this step, for layers that share another layer's cache."""
+        if self.keys is None or self.values is None:
+            raise MetalModelsError("[attention] expected rows stored earlier in this step, got none.")
+        return self.keys, self.values
+
+    def forget(self) -> None:
+        """Let go of the step's rows."""
+        self.keys = self.values = None
+
+    def narrowest(self, mask: object) -> int | None:
+        """Return the window of a call: the mask's, the layer's, or the smaller of the two."""
+        asked = mask.window if isinstance(mask, PagedMask) else None
+        windows = [window for window in (asked, self.window) if window is not None]
+        return min(windows) if windows else None
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: object = None,
+        soft_cap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Return attention of ``queries`` ``[tokens, q_heads, 1, head_size]`` over the cached context."""
+        raise NotImplementedError
+
+
+class PagedView(CacheView):
+    """A view whose rows go to, and whose context comes from, one layer of a pool.
+
+    Keys and values of different widths are padded with zeros to the layer's page width, which
+    changes neither scores nor the part of the output that is kept.
+
+    Args:
+        step: Shared by all views of a model.
+        window: How many latest tokens the layer's own cache would keep, or None for all.
+        layer: The pool's layer.
+        key_size: Width of the model's keys (and queries).
+        value_size: Width of the model's values (and outputs).
+    """
+
+    def __init__(
+        self, step: Step, window: int | None, layer: LayerCache, key_size: int, value_size: int
+    ) -> None:
+        super().__init__(step, window)
+        self._layer = layer
+        self._value_size = value_size
+        self._key_padding = max(0, value_size - key_size)
+        self._value_padding = max(0, key_size - value_size)
+        self._order_token: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write this step's rows to the pool; return them as they came."""
+        self._order_token = self._layer.write(
+            _rows(keys, self._key_padding),
+            _rows(values, self._value_padding),
+            self.step.metadata[self._layer.group],
+        )
+        return super().update_and_fetch(keys, values)
+
+    def forget(self) -> None:
+        """Let go of the step's rows and of the token that orders its reads after its writes."""
+        super().forget()
+        self._order_token = None
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: object = None,
+        soft_cap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Return attention over the block table of every row's request."""
+        out = self._layer.attend(
+            _rows(queries, self._key_padding),
+            self.step.metadata[self._layer.group],
+            scale=scale,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            sliding_window=self.narrowest(mask),
+            order_token=self._order_token,
+        )
+        if self._value_padding:
+            out = out[..., : self._value_size]
+        return out[:, :, None]
+
+
+def _rows(array: mx.array, padding: int) -> mx.array:
+    """Drop the length axis of ``[tokens, heads, 1, size]`` and widen the last axis by ``padding`` zeros."""
+    rows = array.squeeze(2)
+    return mx.pad(rows, ((0, 0), (0, 0), (0, padding))) if padding else rows

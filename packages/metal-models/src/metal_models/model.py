@@ -1,0 +1,114 @@
+"""An mlx-lm model whose forward pass is a ragged batch of token rows over a paged cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Int32
+from mlx.utils import tree_flatten
+
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.pool import KVCachePool
+from metal_kv.spec import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from metal_models.cache_view import CacheView, PagedView, Step
+from metal_models.head_split import HeadSplit
+from metal_models.registry import architecture_of
+from metal_models.tracing import LayerTrace, trace
+
+
+class PagedModel:
+    """A loaded model.
+
+    Args:
+        module: An mlx-lm model made by ``metal_models`` (see ``registry.model_classes``).
+        config: As in the model's ``config.json``.
+
+    Attributes:
+        module: The model.
+        config: The config.
+        vocab_size: Width of the logits; padding of the vocabulary included.
+        hidden_size: Width of a hidden row.
+        dtype: Of hidden rows.
+        nbytes: Size of the parameters.
+
+    Raises:
+        UnsupportedModelError: A layer asks for something the paged cache does not have.
+    """
+
+    def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
+        self.module = module
+        self.config = config
+        self._split = HeadSplit(module)
+        self._trace = trace(module, self._split, architecture_of(config))
+        self.vocab_size = self._trace.vocab_size
+        self.hidden_size = self._trace.hidden_size
+        self.dtype = self._trace.dtype
+        self.nbytes = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+        self._step = Step()
+        self._pool: KVCachePool | None = None
+
+    def kv_cache_specs(self, block_size: int) -> dict[str, KVCacheSpec]:
+        """Return what each layer stores, by name, in layer order."""
+        return {
+            _layer_name(index): _spec(layer, block_size)
+            for index, layer in enumerate(self._trace.layers)
+            if layer is not None
+        }
+
+    def forward(
+        self,
+        token_ids: Int32[mx.array, "tokens"],
+        metadata: Sequence[AttentionMetadata],
+        pool: KVCachePool,
+    ) -> Float[mx.array, "tokens hidden"]:
+        """Write the step's keys and values to ``pool`` and return its hidden rows, lazily.
+
+        Args:
+            token_ids: Ids of all rows of the step, request by request.
+            metadata: One per cache group of the pool; all describe the same rows.
+            pool: A pool laid out for ``kv_cache_specs``; its arrays are to be evaluated with the
+                result (``pool.arrays()``). Views of the latest pool are kept for the next step.
+        """
+        if pool is not self._pool:
+            self._bind(pool)
+        self._step.begin(metadata)
+        try:
+            hidden = self._split.hidden(token_ids[:, None], list(self._step.views))
+        finally:
+            self._step.end()
+        return hidden.squeeze(1)
+
+    def compute_logits(self, hidden: Float[mx.array, "rows hidden"]) -> Float[mx.array, "rows vocab"]:
+        """Apply the model's own head, soft-capping and scaling included, to some hidden rows."""
+        return self._split.logits(hidden[:, None]).squeeze(1)
+
+    def _bind(self, pool: KVCachePool) -> None:
+        """Make one view per cache of the model, over the layers of ``pool``."""
+        self._step = Step()
+        for index, (layer, window) in enumerate(zip(self._trace.layers, self._trace.windows, strict=True)):
+            if layer is None:
+                CacheView(self._step, window)
+            else:
+                cache = pool.layer(_layer_name(index))
+                PagedView(self._step, window, cache, layer.key_size, layer.value_size)
+        self._pool = pool
+
+
+def _layer_name(index: int) -> str:
+    return f"layers.{index}.attn"
+
+
+def _spec(layer: LayerTrace, block_size: int) -> KVCacheSpec:
+    head_size = max(layer.key_size, layer.value_size)
+    if layer.window is None:
+        return FullAttentionSpec(
+            block_size=block_size, num_kv_heads=layer.num_kv_heads, head_size=head_size, dtype=layer.dtype
+        )
+    return SlidingWindowSpec(
+        block_size=block_size,
+        num_kv_heads=layer.num_kv_heads,
+        head_size=head_size,
+        dtype=layer.dtype,
+        sliding_window=layer.window,
+    )

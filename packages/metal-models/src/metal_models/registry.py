@@ -1,0 +1,86 @@
+"""Which model class an architecture loads with, and whether it runs over the paged cache."""
+
+import importlib
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes as mlx_lm_classes
+
+from metal_models import interception
+from metal_models.errors import MetalModelsError, UnsupportedModelError
+from metal_models.head_split import HeadSplit
+from metal_models.tracing import trace
+
+# mlx-lm's model file -> our module with the same two names, Model and ModelArgs.
+_ADAPTERS = {
+    "gemma2": "metal_models.adapters.gemma2",
+}
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
+    """Return the classes ``(Model, ModelArgs)`` for a model's ``config.json``.
+
+    Suits ``mlx_lm.utils.load_model(get_model_classes=…)``.
+
+    Raises:
+        UnsupportedModelError: mlx-lm has no such architecture.
+    """
+    architecture = architecture_of(config)
+    interception.install()
+    try:
+        classes: tuple[type[nn.Module], type[Any]] = mlx_lm_classes(config)
+    except ValueError as error:
+        raise UnsupportedModelError(architecture, "mlx-lm has no model of that type") from error
+    except SystemExit as error:  # how a model file says that it misses a package
+        raise UnsupportedModelError(architecture, "its code needs a package that is not installed") from error
+    adapter = _ADAPTERS.get(classes[0].__module__.rpartition(".")[2])
+    if adapter is None:
+        return classes
+    module = importlib.import_module(adapter)
+    return module.Model, module.ModelArgs
+
+
+def architecture_of(config: dict[str, Any]) -> str:
+    """Return ``model_type``.
+
+    Raises:
+        MetalModelsError: The config names none.
+    """
+    architecture = config.get("model_type")
+    if not isinstance(architecture, str) or not architecture:
+        raise MetalModelsError(
+            "[load] expected a model_type in config.json, got none. Check the model's files."
+        )
+    return architecture
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Return the model with random, unevaluated parameters: it takes time for its modules but no memory.
+
+    Raises:
+        MetalModelsError: The config lacks a value, or has one that the model refuses.
+    """
+    architecture = architecture_of(config)
+    model_class, args_class = model_classes(config)
+    try:
+        model: nn.Module = model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        raise MetalModelsError(
+            f"[load] expected a complete config for {architecture!r}, got {type(error).__name__}: {error}. "
+            "Check the model's config.json."
+        ) from error
+    return model
+
+
+def supported(config: dict[str, Any]) -> None:
+    """Check that an architecture runs over the paged cache, without reading weights.
+
+    Args:
+        config: As in the model's ``config.json``.
+
+    Raises:
+        UnsupportedModelError: It does not; the error names the architecture and the reason.
+        MetalModelsError: The config is incomplete.
+    """
+    model = build(config)
+    trace(model, HeadSplit(model), architecture_of(config))

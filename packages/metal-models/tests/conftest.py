@@ -1,0 +1,142 @@
+"""Tiny random models and a small ragged scheduler to run them with."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map_with_path
+from mlx_lm.generate import generate_step
+
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.layout import CacheGroup, CacheLayout
+from metal_kv.pool import KVCachePool
+from metal_models import PagedModel
+from metal_models.registry import build
+
+CONFIGS = Path(__file__).parent / "configs"
+BLOCK_SIZE = 4
+
+
+def read_config(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter values that matter: also the biases, gains and sinks that start at 0 or 1."""
+    key = mx.random.key(seed)
+
+    def value(name: str, array: mx.array) -> mx.array:
+        nonlocal key
+        key, use = mx.random.split(key)
+        noise = mx.random.normal(array.shape, key=use)
+        if array.ndim < 2:
+            return array + 0.2 * noise
+        return noise * (1.5 / array.shape[-1] ** 0.5)
+
+    module.update(tree_map_with_path(value, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PagedModel]:
+    """Build the tiny fp32 model of ``configs/<name>.json``, quantised on request."""
+
+    def make(name: str, *, bits: int | None = None) -> PagedModel:
+        config = read_config(name)
+        module = randomise(build(config))
+        if bits is not None:
+            nn.quantize(module, group_size=32, bits=bits, class_predicate=_quantisable)
+        module.eval()
+        return PagedModel(module, config)
+
+    return make
+
+
+def _quantisable(_path: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+@dataclass
+class Request:
+    """A sequence being served: its tokens so far and its blocks in every cache group."""
+
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[list[int]] = field(default_factory=list)
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+
+class Server:
+    """Runs ragged steps of a model over a pool whose free blocks come in random order."""
+
+    def __init__(self, model: PagedModel, num_blocks: int = 256) -> None:
+        self.model = model
+        groups: dict[Any, list[str]] = {}
+        for name, spec in model.kv_cache_specs(BLOCK_SIZE).items():
+            groups.setdefault(spec, []).append(name)
+        self.groups = [CacheGroup(tuple(names), spec) for spec, names in groups.items()]
+        self.pool = KVCachePool(CacheLayout.from_groups(self.groups, num_blocks))
+        self.free = list(range(1, num_blocks))
+        random.Random(7).shuffle(self.free)
+
+    def request(
+        self, tokens: Sequence[int], shares: Request | None = None, shared_tokens: int = 0
+    ) -> Request:
+        """Start a request, reading the first blocks of another one's cache if asked to."""
+        blocks = [[] for _ in self.groups]
+        if shares is not None:
+            blocks = [list(table[: shared_tokens // BLOCK_SIZE]) for table in shares.blocks]
+        return Request(list(tokens), shared_tokens, blocks)
+
+    def step(self, work: Sequence[tuple[Request, int]]) -> mx.array:
+        """Compute the next ``n`` tokens of every request; append a greedy token where it was the last."""
+        work = sorted(work, key=lambda item: item[1] > 1)
+        for request, count in work:
+            needed = -(-(request.computed + count) // BLOCK_SIZE)
+            for table in request.blocks:
+                table.extend(self.free.pop() for _ in range(needed - len(table)))
+        starts = np.array([0, *itertools.accumulate(count for _, count in work)], np.int32)
+        seq_lens = np.array([request.computed + count for request, count in work], np.int32)
+        metadata = [
+            AttentionMetadata.build(starts, seq_lens, _table([r.blocks[g] for r, _ in work]), BLOCK_SIZE)
+            for g in range(len(self.groups))
+        ]
+        ids = [t for r, n in work for t in r.tokens[r.computed : r.computed + n]]
+        hidden = self.model.forward(mx.array(ids, mx.int32), metadata, self.pool)
+        logits = self.model.compute_logits(hidden[mx.array(starts[1:] - 1)])
+        mx.eval(logits, *self.pool.arrays())
+        logprobs = np.array((logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32))
+        for (request, count), row in zip(work, logprobs, strict=True):
+            request.computed += count
+            if request.computed == len(request.tokens):
+                request.logprobs.append(row)
+                request.tokens.append(int(row.argmax()))
+        return hidden
+
+
+def _table(tables: list[list[int]]) -> np.ndarray:
+    width = max(len(table) for table in tables)
+    return np.array([table + [0] * (width - len(table)) for table in tables], np.int32)
+
+
+def mlx_lm_tokens(model: PagedModel, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
+    """Generate greedily with mlx-lm itself; return tokens and log-probabilities ``[count, vocab]``."""
+    tokens, rows = [], []
+    for token, logprobs in generate_step(mx.array(prompt), model.module, max_tokens=count):
+        tokens.append(int(token))
+        rows.append(np.array(logprobs.astype(mx.float32)))
+    return tokens, np.stack(rows)
+
+
+def prompts(vocab_size: int, lengths: Sequence[int] = (3, 13, 22)) -> list[list[int]]:
+    source = random.Random(3)
+    return [[source.randrange(1, vocab_size) for _ in range(length)] for length in lengths]
