@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import UInt8, UInt32
 
 GROUP_SIZE = 32
 
@@ -103,8 +104,8 @@ AFFINE_FORMATS = {
 }
 
 
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes uint8 [rows, columns] into MLX's uint32 [rows, columns * bits / 32], low bits first."""
+def pack(codes: UInt8[np.ndarray, "rows columns"], bits: int) -> UInt32[np.ndarray, "rows words"]:
+    """Pack codes into MLX's words, ``columns * bits / 32`` a row, low bits first."""
     if bits == 4:
         codes = codes[..., ::2] | codes[..., 1::2] << 4
     elif bits != 8:

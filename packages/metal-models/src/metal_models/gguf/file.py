@@ -115,8 +115,9 @@ class GGUFFile:
         Raises:
             CheckpointError: Not a GGUF file, a version or tensor type we do not know, or a truncated file.
         """
-        if path.stat().st_size < 24:
-            raise CheckpointError(f"[gguf] expected a GGUF file, got {path.stat().st_size} bytes in {path}.")
+        size = path.stat().st_size if path.is_file() else 0
+        if size < 24:
+            raise CheckpointError(f"[gguf] expected a GGUF file, got {size} bytes in {path}.")
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return cls(path, *_Header(data, path).read())

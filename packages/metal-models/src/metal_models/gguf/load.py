@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from jaxtyping import Int64
 from mlx.utils import tree_flatten
 
-from metal_models.errors import CheckpointError
+from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.gguf.architectures import Architecture, architecture_of
 from metal_models.gguf.blocks import AFFINE_FORMATS, GROUP_SIZE
 from metal_models.gguf.config import config_of, default_dtype, open_gguf
@@ -47,7 +48,7 @@ def load_gguf(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Modul
     config = config_of(file)
     dtype = default_dtype(file, architecture) if dtype is None else dtype
     if dtype not in _DTYPE_NAMES:
-        raise CheckpointError(f"[load_gguf] expected float16, bfloat16 or float32, got {dtype}.")
+        raise MetalModelsError(f"[load_gguf] expected float16, bfloat16 or float32, got {dtype}.")
     config["torch_dtype"] = _DTYPE_NAMES[dtype]
     module = importlib.import_module(f"mlx_lm.models.{architecture.model_type}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
@@ -85,8 +86,8 @@ def _place(file: GGUFFile, name: str, architecture: Architecture) -> str:
 
 def _check(file: GGUFFile, model: nn.Module, places: dict[str, str], architecture: Architecture) -> None:
     """Refuse a file whose tensors are not exactly the model's parameters."""
-    parameters = tree_flatten(model.parameters(), destination={})
-    wanted = {path: value.shape for path, value in parameters.items()}
+    parameters: Any = tree_flatten(model.parameters())
+    wanted = {path: value.shape for path, value in parameters}
     for name, target in places.items():
         if target not in wanted:
             raise CheckpointError(
@@ -163,7 +164,9 @@ def _read(
     return {"weight" if suffix == "weight" else "": value}
 
 
-def _row_order(stem: str, architecture: Architecture, config: dict[str, Any]) -> np.ndarray | None:
+def _row_order(
+    stem: str, architecture: Architecture, config: dict[str, Any]
+) -> Int64[np.ndarray, "rows"] | None:
     """Rows of q or k in mlx-lm's order: the two halves of a head, which llama.cpp interleaves."""
     part = stem.rpartition(".")[2]
     if not architecture.interleaved_rope or part not in ("attn_q", "attn_k"):

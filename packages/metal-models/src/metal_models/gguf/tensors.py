@@ -4,6 +4,7 @@ import math
 
 import mlx.core as mx
 import numpy as np
+from jaxtyping import Float, Int64, UInt32
 
 from metal_models.errors import UnsupportedModelError
 from metal_models.gguf.blocks import AFFINE_FORMATS, GROUP_SIZE, pack
@@ -14,8 +15,8 @@ _CHUNK_BYTES = 1 << 24
 
 
 def read_quantized(
-    file: GGUFFile, name: str, dtype: mx.Dtype, order: np.ndarray | None = None
-) -> tuple[mx.array, mx.array, mx.array]:
+    file: GGUFFile, name: str, dtype: mx.Dtype, order: Int64[np.ndarray, "rows"] | None = None
+) -> tuple[UInt32[mx.array, "*lead words"], Float[mx.array, "*lead groups"], Float[mx.array, "*lead groups"]]:
     """Read a tensor of a type in ``AFFINE_FORMATS`` as weight, scales and biases for MLX's affine mode.
 
     Args:
@@ -47,7 +48,9 @@ def read_quantized(
     )
 
 
-def read_dense(file: GGUFFile, name: str, dtype: mx.Dtype, order: np.ndarray | None = None) -> mx.array:
+def read_dense(
+    file: GGUFFile, name: str, dtype: mx.Dtype, order: Int64[np.ndarray, "rows"] | None = None
+) -> Float[mx.array, "..."]:
     """Read a tensor of any type as plain values.
 
     Args:
