@@ -1,0 +1,302 @@
+"""Pre-pass, expressions: Metal's vector syntax, casts and address-space words that clang reads otherwise."""
+
+from .kernels import Program
+from .scopes import in_function
+from .tokens import TokenList
+
+_ELEMENTS = [
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "float",
+    "bfloat",
+    "bool",
+]
+VECTORS = {f"{element}{size}" for element in _ELEMENTS for size in (2, 3, 4)}
+_SPACES = {"device", "threadgroup", "constant", "thread"}
+_FORBIDDEN = {
+    *[
+        "double",
+        "goto",
+        "asm",
+        "__asm__",
+        "throw",
+        "try",
+        "catch",
+        "typeid",
+        "dynamic_cast",
+        "thread_local",
+        "alloca",
+    ],
+    *[
+        "__global",
+        "__local",
+        "__private",
+        "__constant",
+        "__generic",
+        "__kernel",
+        "__global__",
+        "__shared__",
+        "__device__",
+    ],
+}
+_OPENCL_WORDS = {
+    *[
+        "local",
+        "global",
+        "generic",
+        "private",
+        "pipe",
+        "read_only",
+        "write_only",
+        "read_write",
+        "event_t",
+        "queue_t",
+        "clk_event_t",
+    ],
+    *["reserve_id_t", "sampler_t", "image1d_t", "image2d_t", "image3d_t"],
+}
+_NOT_BEFORE_TYPE = {
+    ".",
+    "->",
+    "operator",
+    "struct",
+    "class",
+    "union",
+    "enum",
+    "using",
+    "~",
+    "typename",
+    "typedef",
+}
+_VALUE_END = {")", "]", ">"}
+
+
+def check_words(tokens: TokenList, program: Program) -> None:
+    """Refuse words that Metal does not have, and rename those that only OpenCL reserves."""
+    for i in tokens.indices():
+        token = tokens[i]
+        if token.kind != "name":
+            continue
+        if token.text in _FORBIDDEN:
+            program.error(token.place, f"'{token.text}' does not exist in Metal")
+            token.text = "msl_no_" + token.text.strip("_")
+        elif token.text in _OPENCL_WORDS and not (token.text == "private" and tokens[i + 1].text == ":"):
+            token.text = f"msl_{token.text}"
+        elif token.text == "static" and in_function(token.scope):
+            if not {"constexpr", "constant", "const"} & {tokens[i + 1].text, tokens[i + 2].text}:
+                program.error(token.place, "static local variables do not exist in Metal")
+        elif token.text in ("virtual", "new", "delete") and tokens[i - 1].text not in ("=", "operator"):
+            program.error(token.place, f"'{token.text}' does not exist in Metal")
+
+
+def type_names(tokens: TokenList) -> set[str]:
+    """Names that may stand for a vector or a scalar: vector types, their aliases and template type parameters."""
+    names = set(VECTORS) | {"bfloat", "bfloat16_t"}
+    for i in tokens.indices():
+        text = tokens[i].text
+        if text == "using" and tokens[i + 2].text == "=":
+            j = i + 3
+            while tokens[j].text in ("metal", "::", "typename"):
+                j += 1
+            if tokens[j].text == "vec" or (tokens[j].text in names and tokens[j + 1].text == ";"):
+                names.add(tokens[i + 1].text)
+        elif text == "typedef":
+            names |= _typedef_name(tokens, i)
+        elif (
+            text in ("typename", "class")
+            and tokens[i - 1].text in ("<", ",")
+            and tokens[i + 1].kind == "name"
+        ):
+            names.add(tokens[i + 1].text)
+    return names
+
+
+def _typedef_name(tokens: TokenList, index: int) -> set[str]:
+    end = index
+    while tokens[end].text not in (";", "{", ""):
+        end += 1
+    words = tokens.names(index, end)
+    is_vector = "vec" in words or (len(words) > 1 and words[1] in VECTORS)
+    return {words[-1]} if is_vector and tokens[end - 1].kind == "name" else set()
+
+
+def qualify_constants(tokens: TokenList) -> None:
+    """``constant`` implies const; a static member's definition outside its class says nothing new."""
+    for i in tokens.indices():
+        if tokens[i].text != "constant":
+            continue
+        if tokens[i].scope == "file" and tokens[i - 1].text in (";", "}", ""):
+            end = i
+            while tokens[end].text not in (";", "{", "(", "=", ""):
+                end += 1
+            # `constant T S<..>::x;`
+            if tokens[end].text == ";" and tokens[end - 2].text == "::":
+                tokens.drop(i, end + 1)
+                continue
+        if tokens[i - 1].text not in (")", "const") and tokens[i + 1].text != "const":
+            tokens[i].text = "const constant"
+
+
+def drop_thread_words(tokens: TokenList) -> None:
+    """Drop ``thread`` where clang cannot bind what Metal binds: const references, constructors, conversions."""
+    structs = {tokens[i + 1].text for i in tokens.indices() if tokens[i].text in ("struct", "class", "union")}
+    for i in tokens.indices():
+        if tokens[i].text == "thread" and (
+            _is_const_reference(tokens, i) or _qualifies_constructor(tokens, i, structs)
+        ):
+            tokens[i].text = ""
+    tokens.compact()
+
+
+def _is_const_reference(tokens: TokenList, index: int) -> bool:
+    const = tokens[index - 1].text == "const"
+    i = index + 1
+    while True:
+        text = tokens[i].text
+        if text == "<":
+            end = tokens.closing_angle(i)
+            if end is None:
+                return False
+            i = end
+        elif text == "const":
+            const = True
+        elif text == "&":
+            return const
+        elif text not in ("::",) and tokens[i].kind != "name":
+            return False
+        i += 1
+
+
+def _qualifies_constructor(tokens: TokenList, index: int, structs: set[str]) -> bool:
+    parenthesis = index - 1
+    if tokens[parenthesis].text == "const":
+        parenthesis -= 1
+    if tokens[parenthesis].text != ")":
+        return False
+    i = tokens.opening(parenthesis) - 1
+    if tokens[i].text in structs and tokens[i - 1].text != ".":
+        return True
+    while i >= 0 and tokens[i].text not in (";", "{", "}"):
+        if tokens[i].text == "operator":
+            return True
+        i -= 1
+    return False
+
+
+def rewrite_casts(tokens: TokenList, program: Program, names: set[str]) -> None:
+    """``static_cast<T>(x)`` and ``(T)x`` convert vectors, and half to bfloat; pointers need an address space."""
+    for i in tokens.indices():
+        text = tokens[i].text
+        if text in ("static_cast", "reinterpret_cast", "const_cast") and tokens[i + 1].text == "<":
+            end = tokens.closing_angle(i + 1)
+            if end is None:
+                continue
+            pointer = tokens[end - 1].text in ("*", "&")
+            if pointer and not _SPACES & set(tokens.names(i + 2, end)):
+                program.error(tokens[i].place, f"cast to '{tokens.text(i + 2, end)}' needs an address space")
+            if text == "static_cast" and not pointer and tokens[i + 2].text != "void":
+                tokens[i].text = "metal::msl_static_cast"
+        elif (
+            text == "("
+            and tokens[i + 1].text in names
+            and tokens[i + 2].text == ")"
+            and _starts_cast(tokens, i)
+        ):
+            tokens[i].text = f"metal::msl_cast_to<{tokens[i + 1].text}>()->*"
+            tokens.drop(i + 1, i + 3)
+        elif text == "(" and in_function(tokens[i].scope) and tokens[i + 1].kind == "name":
+            _check_pointer_cast(tokens, i, program)
+
+
+def _starts_cast(tokens: TokenList, index: int) -> bool:
+    before, after = tokens[index - 1], tokens[index + 3]
+    if before.text in _VALUE_END or before.text in ("sizeof", "alignof", "decltype"):
+        return False
+    if before.kind == "name" and before.text not in ("return", "case", "else"):
+        return False
+    return after.kind in ("name", "number", "string") or after.text in ("(", "-", "+", "!", "~", "*")
+
+
+def _check_pointer_cast(tokens: TokenList, index: int, program: Program) -> None:
+    end = tokens.closing(index)
+    if (
+        tokens[end - 1].text != "*"
+        or tokens[index - 1].kind == "name"
+        or tokens[index - 1].text in _VALUE_END
+    ):
+        return
+    if all(tokens[j].kind == "name" or tokens[j].text in ("*", "::") for j in range(index + 1, end)):
+        if not _SPACES & set(tokens.names(index, end)):
+            program.error(
+                tokens[index].place, f"cast to '{tokens.text(index + 1, end)}' needs an address space"
+            )
+
+
+def rewrite_constructors(tokens: TokenList, names: set[str]) -> None:
+    """``float4(a, b)``, ``vec<T, 4>(a)``, ``T(a)`` and ``float2 v(a, b);`` become calls that convert as Metal does."""
+    for i in tokens.indices():
+        if tokens[i].kind != "name" or tokens[i - 1].text in _NOT_BEFORE_TYPE:
+            continue
+        if tokens[i].text == "vec" and tokens[i + 1].text == "<":
+            _rewrite_vec(tokens, i)
+        elif tokens[i].text in names:
+            _rewrite_named(tokens, i)
+
+
+def _rewrite_vec(tokens: TokenList, index: int) -> None:
+    end = tokens.closing_angle(index + 1)
+    if end is None or tokens[end + 1].text != "(":
+        return
+    if tokens[index - 1].text == "::" and tokens[index - 2].text == "metal":
+        tokens.drop(index - 2, index)
+    if tokens[index - 1].text in _NOT_BEFORE_TYPE:
+        return
+    tokens[index].text = "metal::msl_make<metal::vec"
+    tokens[end].text = ">>"
+
+
+def _rewrite_named(tokens: TokenList, index: int) -> None:
+    name, before = tokens[index].text, tokens[index - 1].text
+    executed = in_function(tokens[index].scope) or before in ("=", "(", ",", "return")
+    if tokens[index + 1].text == "(" and before != "::":
+        # T (*f)(..) and T (&x)[n] declare.
+        if tokens[index + 2].text not in ("*", "&") and executed:
+            tokens[index].text = f"metal::msl_make<{name}>"
+    elif in_function(tokens[index].scope) and name in VECTORS and tokens[index + 1].kind == "name":
+        _rewrite_variable(tokens, index)
+
+
+def _rewrite_variable(tokens: TokenList, index: int) -> None:
+    vector, after = tokens[index].text, index + 2
+    if tokens[after].text == "(":
+        end = tokens.closing(after)
+        if tokens[end + 1].text in (";", ",") and end > after + 1:
+            tokens[after].text = f" = metal::msl_make<{vector}>("
+        return
+    opening = after + 1 if tokens[after].text == "=" else after
+    if tokens[opening].text != "{":
+        return
+    end = tokens.closing(opening)
+    if tokens[end + 1].text == ";" and end > opening + 1:
+        tokens[opening].text = ("" if opening > after else "= ") + f"metal::msl_list<{vector}>("
+        tokens[end].text = ")"
+
+
+def rewrite_braced_arguments(tokens: TokenList) -> None:
+    """``f({a, b})``: the braces construct the vector that the parameter asks for."""
+    for i in tokens.indices():
+        if tokens[i].text != "{" or tokens[i - 1].text not in ("(", ",") or not in_function(tokens[i].scope):
+            continue
+        opening = tokens.enclosing(i)
+        end = tokens.closing(i)
+        inner = [tokens[j].text for j in range(i + 1, end)]
+        if tokens[opening].text == "(" and inner and ";" not in inner:
+            tokens[i].text = "metal::msl_braced("
+            tokens[end].text = ")"

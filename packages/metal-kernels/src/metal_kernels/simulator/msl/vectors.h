@@ -1,0 +1,127 @@
+// Vector construction, conversion and packed vectors: what the pre-pass turns Metal's vector syntax into.
+#pragma once
+#include "types.h"
+
+namespace metal {
+template <class V, int I, class A> MSL_FN constexpr void msl_place(thread V& v, A a) {
+  typedef typename msl_shape<V>::element E;
+  if constexpr (msl_shape<A>::is_vector) {
+    for (int k = 0; k < msl_shape<A>::size; k++) v[I + k] = (E)a[k];
+  } else {
+    v[I] = (E)a;
+  }
+}
+template <class V, int I> MSL_FN constexpr void msl_place_all(thread V&) {
+  static_assert(I == msl_shape<V>::size, "too few components in vector constructor");
+}
+template <class V, int I, class A, class... R> MSL_FN constexpr void msl_place_all(thread V& v, A a, R... rest) {
+  static_assert(I + msl_shape<A>::size <= msl_shape<V>::size, "too many components in vector constructor");
+  msl_place<V, I, A>(v, a);
+  msl_place_all<V, I + msl_shape<A>::size>(v, rest...);
+}
+
+template <class A, class B>
+constexpr constant bool msl_half_to_bfloat =
+    (is_same_v<A, half> && is_same_v<B, bfloat>) || (is_same_v<A, bfloat> && is_same_v<B, half>);
+
+// T(a): a conversion between scalars or vectors, or a class's own constructor.
+template <class T, class A> MSL_FN constexpr T msl_convert(A a) {
+  typedef typename msl_shape<T>::element E;
+  if constexpr (msl_shape<T>::is_vector && msl_shape<A>::is_vector) {
+    static_assert(msl_shape<A>::size == msl_shape<T>::size, "conversion between vectors of different sizes");
+    if constexpr (msl_half_to_bfloat<E, typename msl_shape<A>::element>)
+      return __builtin_convertvector(__builtin_convertvector(a, vec<float, msl_shape<T>::size>), T);
+    else
+      return __builtin_convertvector(a, T);
+  } else if constexpr (msl_shape<T>::is_vector && is_arithmetic_v<A>) {
+    return (T)(msl_convert<E>(a));
+  } else if constexpr (msl_half_to_bfloat<T, A>) {
+    return (T)(float)a;
+  } else {
+    return T(a);
+  }
+}
+template <class T> MSL_FN constexpr T msl_make() { return T{}; }
+template <class T, class A> MSL_FN constexpr T msl_make(A a) { return msl_convert<T, msl_bare<A>>(a); }
+template <class T, class A, class B, class... R> MSL_FN constexpr T msl_make(A a, B b, R... rest) {
+  if constexpr (!msl_shape<T>::is_vector) {
+    return T(a, b, rest...);
+  } else {
+    T v{};
+    msl_place_all<T, 0>(v, a, b, rest...);
+    return v;
+  }
+}
+
+// (T)a
+template <class T> struct msl_cast_to {
+  template <class A> MSL_FN constexpr T operator->*(A a) const { return msl_convert<T, msl_bare<A>>(a); }
+};
+
+// static_cast<T>(a)
+template <class T, class A> MSL_FN constexpr T msl_static_cast(A a) { return msl_convert<T, msl_bare<A>>(a); }
+
+// V v = {a, b}: missing components are zero.
+template <class V, int I> MSL_FN constexpr void msl_place_some(thread V&) {
+  static_assert(I <= msl_shape<V>::size, "too many initializers for vector");
+}
+template <class V, int I, class A, class... R> MSL_FN constexpr void msl_place_some(thread V& v, A a, R... rest) {
+  msl_place<V, I, A>(v, a);
+  msl_place_some<V, I + msl_shape<A>::size>(v, rest...);
+}
+template <class V, class... R> MSL_FN constexpr V msl_list(R... r) {
+  V v{};
+  msl_place_some<V, 0>(v, r...);
+  return v;
+}
+
+// f({a, b}): the parameter's type decides.
+template <class A, class B> struct msl_braced2 {
+  A a; B b;
+  template <class T> MSL_FN operator vec<T, 2>() const { return msl_make<vec<T, 2>>(a, b); }
+};
+template <class A, class B, class C> struct msl_braced3 {
+  A a; B b; C c;
+  template <class T> MSL_FN operator vec<T, 3>() const { return msl_make<vec<T, 3>>(a, b, c); }
+};
+template <class A, class B, class C, class D> struct msl_braced4 {
+  A a; B b; C c; D d;
+  template <class T> MSL_FN operator vec<T, 4>() const { return msl_make<vec<T, 4>>(a, b, c, d); }
+};
+template <class A, class B> MSL_FN msl_braced2<A, B> msl_braced(A a, B b) { return {a, b}; }
+template <class A, class B, class C> MSL_FN msl_braced3<A, B, C> msl_braced(A a, B b, C c) { return {a, b, c}; }
+template <class A, class B, class C, class D> MSL_FN msl_braced4<A, B, C, D> msl_braced(A a, B b, C c, D d) {
+  return {a, b, c, d};
+}
+
+template <class T, class F> MSL_FN constexpr T as_type(F f) {
+  static_assert(sizeof(T) == sizeof(F), "as_type between types of different sizes");
+  return __builtin_bit_cast(T, f);
+}
+
+template <class T, int N> struct msl_packed {
+  T element_[N];
+  MSL_FN msl_packed() {}
+  MSL_FN msl_packed(vec<T, N> v) { for (int i = 0; i < N; i++) element_[i] = v[i]; }
+  template <class... R> MSL_FN msl_packed(T a, T b, R... rest) : element_{a, b, (T)rest...} {
+    static_assert(sizeof...(R) == N - 2, "wrong number of components in vector constructor");
+  }
+  MSL_FN operator vec<T, N>() const {
+    vec<T, N> v;
+    for (int i = 0; i < N; i++) v[i] = element_[i];
+    return v;
+  }
+  MSL_FN thread T& operator[](int i) thread { return element_[i]; }
+  MSL_FN device T& operator[](int i) device { return element_[i]; }
+  MSL_FN threadgroup T& operator[](int i) threadgroup { return element_[i]; }
+  MSL_FN T operator[](int i) const { return element_[i]; }
+};
+}  // namespace metal
+using metal::as_type;
+
+#define MSL_PACKED(T)                            \
+  typedef metal::msl_packed<T, 2> packed_##T##2; \
+  typedef metal::msl_packed<T, 3> packed_##T##3; \
+  typedef metal::msl_packed<T, 4> packed_##T##4;
+MSL_PACKED(char) MSL_PACKED(uchar) MSL_PACKED(short) MSL_PACKED(ushort) MSL_PACKED(int) MSL_PACKED(uint)
+MSL_PACKED(half) MSL_PACKED(float) MSL_PACKED(bfloat)

@@ -1,0 +1,140 @@
+"""From Metal source to a unit that clang compiles: preprocess, then rewrite what only Metal has."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from . import declarations, expressions
+from .errors import KernelCompileError
+from .kernels import Program
+from .scopes import mark_scopes
+from .tokens import Place, TokenList
+from .toolchain import MSL_HEADERS, cache_directory, toolchain
+
+LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-single-precision-constant", "-cl-no-stdinc", "-nostdinc")
+METAL_HEADERS = [
+    "metal_stdlib",
+    "metal_math",
+    "metal_integer",
+    "metal_common",
+    "metal_geometric",
+    "metal_relational",
+    "metal_compute",
+    "metal_simdgroup",
+    "metal_simdgroup_matrix",
+    "metal_quadgroup",
+    "metal_atomic",
+    "metal_array",
+    "metal_limits",
+    "metal_pack",
+    "metal_matrix",
+    "metal_type_traits",
+    "metal_types",
+    "metal_numeric",
+    "metal_uniform",
+    "metal_logging",
+    "simd/simd.h",
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Metal source, and what it is compiled with.
+
+    ``parts`` are named pieces, joined in order; diagnostics count lines within each.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    include_directories: tuple[str, ...] = ()
+    defines: tuple[str, ...] = ()
+    function_constants: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The parts with markers that tell them apart."""
+        return "\n".join(f'# 1 "{name}"\n{text}' for name, text in self.parts) + "\n"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything that decides what is compiled."""
+        return self.text, self.include_directories, self.defines, sorted(self.function_constants.items())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A translated unit: ``text`` for clang, the ``places`` its lines come from, and what it declares."""
+
+    text: str
+    places: tuple[Place, ...]
+    program: Program
+
+    def place(self, line: int) -> Place:
+        """Where line ``line`` of the unit (from 1) was written."""
+        return self.places[line - 1] if 0 < line <= len(self.places) else Place("<unit>", line)
+
+
+def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
+    """Preprocess and rewrite ``source``.
+
+    Raises:
+        KernelCompileError: It cannot be preprocessed, or its brackets do not match.
+    """
+    tokens = TokenList(_preprocess(source, metal_version))
+    program = Program()
+    expressions.check_words(tokens, program)
+    mark_scopes(tokens)
+    declarations.collect_instantiations(tokens, program)
+    tokens.compact()
+    declarations.set_function_constants(tokens, program, dict(source.function_constants))
+    tokens.compact()
+    declarations.collect_kernels(tokens, program)
+    declarations.remove_attributes(tokens, program)
+    tokens.compact()
+    expressions.drop_thread_words(tokens)
+    expressions.qualify_constants(tokens)
+    tokens.compact()
+    declarations.place_threadgroup_variables(tokens, program)
+    tokens.compact()
+    names = expressions.type_names(tokens)
+    expressions.rewrite_casts(tokens, program, names)
+    tokens.compact()
+    expressions.rewrite_constructors(tokens, names)
+    tokens.compact()
+    expressions.rewrite_braced_arguments(tokens)
+    text, places = tokens.render()
+    return Unit(text, tuple(places), program)
+
+
+def _preprocess(source: Source, metal_version: tuple[int, int]) -> str:
+    major, minor = metal_version
+    includes = [
+        part for path in (str(_empty_headers()), *source.include_directories) for part in ("-I", path)
+    ]
+    done = toolchain().run(
+        *LANGUAGE,
+        "-E",
+        "-Wno-everything",
+        *includes,
+        f"-D__METAL_VERSION__={major}{minor}0",
+        *(f"-D{define}" for define in source.defines),
+        "-include",
+        str(MSL_HEADERS / "predefined.h"),
+        "-",
+        text=source.text,
+    )
+    if done.returncode:
+        raise KernelCompileError(done.stderr.strip())
+    return re.sub(r"^\s*#\s*pragma (METAL|mark|once)\b[^\n]*$", "", done.stdout, flags=re.MULTILINE)
+
+
+@cache
+def _empty_headers() -> Path:
+    """A folder with Metal's own headers, empty: their contents are always included."""
+    folder = cache_directory() / "include"
+    for name in METAL_HEADERS:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
