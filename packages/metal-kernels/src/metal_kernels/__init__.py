@@ -1,1 +1,30 @@
 """GPU functions on mx.array for serving LLMs: paged attention, cache writes and their plain-MLX twins."""
+
+from metal_kernels.blas import prefer_fast_blas
+
+prefer_fast_blas()  # only works before mlx.core is imported
+
+# ruff: noqa: E402
+from metal_kernels import reference
+from metal_kernels.copy_blocks import copy_blocks
+from metal_kernels.device import target
+from metal_kernels.errors import MetalKernelsError
+from metal_kernels.gather_kv_cache import gather_kv_cache
+from metal_kernels.paged_attention import paged_attention
+from metal_kernels.ragged import RaggedBatch
+from metal_kernels.reshape_and_cache import reshape_and_cache
+
+__all__ = [
+    # what a step looks like
+    "RaggedBatch",
+    # attention and its cache
+    "paged_attention",
+    "reshape_and_cache",
+    "copy_blocks",
+    "gather_kv_cache",
+    # where it runs
+    "target",
+    "reference",
+    # errors
+    "MetalKernelsError",
+]

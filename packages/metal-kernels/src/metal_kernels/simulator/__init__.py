@@ -1,14 +1,13 @@
 """Type-checks and executes Metal kernels on Linux, without a Mac."""
 
-from .check import METAL_VERSIONS, check
 from .errors import KernelCompileError, KernelFault, SimulatorError, ToolchainError
-from .install import install, installed, uninstall
 from .kernel import SimulatedKernel, metal_kernel
 from .launch import Schedule
+from .options import Settings, settings
 from .report import FaultKind, Finding
-from .settings import Settings, settings
+from .strict_check import METAL_VERSIONS, check
+from .swap import install, installed, uninstall
 from .tokens import Place
-from .toolchain import toolchain
 from .unit import Source
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "ToolchainError",
     "KernelCompileError",
     "KernelFault",
-    "toolchain",
 ]

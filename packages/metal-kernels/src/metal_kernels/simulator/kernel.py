@@ -9,12 +9,12 @@ import numpy as np
 
 from .build import Library, Mode, build
 from .capture import MLX_METAL_KERNEL, Generated, generated_source
-from .check import METAL_VERSIONS, check
 from .errors import KernelFault, SimulatorError
 from .launch import Buffer, Schedule, launch
 from .memory import Extent, Memory, Scratch, as_numpy, host_view
+from .options import Settings, current_settings
 from .report import FaultKind, Finding
-from .settings import Settings, current_settings
+from .strict_check import METAL_VERSIONS, check
 
 _POISON = b"\xff"
 _SMALL = 8  # MLX puts inputs with fewer elements into the constant address space

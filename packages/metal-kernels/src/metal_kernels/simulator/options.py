@@ -6,8 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .check import METAL_VERSIONS
 from .launch import Schedule
+from .strict_check import METAL_VERSIONS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+"""The kernels' twins in plain MLX: same names and signatures; the specification, and the path on a CPU.
+
+The twins are functional: a written cache is a *new* array. Its memory is the old array's when nothing else
+references that one and its last use has finished executing; otherwise MLX copies the whole cache. So replace
+the old array at once, keep no view of it, and evaluate a step before building the next one.
+"""
+
+from metal_kernels.reference.attention import paged_attention
+from metal_kernels.reference.cache import copy_blocks, gather_kv_cache, reshape_and_cache
+
+__all__ = ["copy_blocks", "gather_kv_cache", "paged_attention", "reshape_and_cache"]
