@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool
-from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, LogprobsTensors, ModelRunnerOutput
 
+from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.sampling import PromptLogprobs, SamplerOutput
 from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
 
-logger = init_logger(__name__)
+logger = metal_logger(__name__)
 
 
 @dataclass
-class AsyncStepOutput(AsyncModelRunnerOutput):
+class AsyncStepOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
     """Lazy tokens and logprobs of one step; read once, perhaps on another thread.
 
     Attributes:
@@ -59,7 +59,7 @@ class AsyncStepOutput(AsyncModelRunnerOutput):
             for i, token_id in zip(emitting, np.array(self.sampled.token_ids).tolist(), strict=True):
                 token_ids[i].append(token_id)
             if self.sampled.logprobs is not None:
-                logprobs = self.sampled.logprobs.to_lists(emitting, len(self.req_ids))
+                logprobs = self.sampled.logprobs.to_lists(emitting.tolist(), len(self.req_ids))
         prompts: dict[str, LogprobsTensors | None] = {
             req_id: prompt.to_tensors() for req_id, prompt in self.prompts.items()
         }

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 
-class SyntheticBackend(AttentionBackend):
+class SyntheticBackend(AttentionBackend):  # type: ignore[misc]
     """Stands for attention that happens inside MLX models."""
 
     @staticmethod

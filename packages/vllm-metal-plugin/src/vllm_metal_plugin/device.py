@@ -57,6 +57,6 @@ def system_memory_bytes() -> int:
 
 def free_memory_bytes() -> int:
     """Memory that the system could hand out now without swapping."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return int(psutil.virtual_memory().available)

@@ -4,7 +4,6 @@
     ├── EnvironmentVariableError   a VLLM_METAL_* variable has a value outside its allowed set
     ├── UnsupportedConfigError     vLLM was asked for something that this plugin does not do
     ├── ModelFilesError            the model's files are missing, damaged or of an unknown architecture
-    ├── NotEnoughMemoryError       weights and cache do not fit
     └── UnsupportedRequestError    one request asks for something unsupported (HTTP 400)
 
 Only the last one is a ``ValueError``: pydantic would wrap a ``ValueError`` raised while vLLM builds its
@@ -26,10 +25,6 @@ class UnsupportedConfigError(VllmMetalPluginError):
 
 class ModelFilesError(VllmMetalPluginError):
     """The model cannot be served from the files that were found."""
-
-
-class NotEnoughMemoryError(VllmMetalPluginError):
-    """The weights and one request's cache do not fit in the memory budget."""
 
 
 class UnsupportedRequestError(VllmMetalPluginError, ValueError):

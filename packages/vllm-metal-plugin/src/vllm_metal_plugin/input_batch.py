@@ -84,8 +84,9 @@ class InputBatch:
             self._remove(req_id, moved)
             self._preempted.pop(req_id, None)
         for req_id in scheduler_output.preempted_req_ids or ():
-            if req_id in self.row_of:
-                self._preempted[req_id] = self._remove(req_id, moved)
+            request = self._remove(req_id, moved)
+            if request is not None:
+                self._preempted[req_id] = request
         for new in scheduler_output.scheduled_new_reqs:
             self._remove(new.req_id, moved)
             self._add_new(new)
@@ -130,6 +131,8 @@ class InputBatch:
     ) -> None:
         """Start a preempted request again; the scheduler sends its tokens and all its blocks."""
         request = self._preempted.pop(req_id, None) or self._remove(req_id, moved)
+        if request is None:
+            raise KeyError(f"[input batch] expected a preempted request, got {req_id}. Report this bug.")
         request.token_ids = np.asarray(cached.all_token_ids[req_id], np.int32)
         if request.prompt_logprobs is not None:
             self._collect_prompt_logprobs(request)
@@ -150,7 +153,7 @@ class InputBatch:
         for group, table in enumerate(self.block_tables):
             self.block_tables[group] = BlockTable(self._max_reqs, table.max_blocks)
             for row in range(self.num_reqs):
-                self.block_tables[group].add_row(row, table.row(row))
+                self.block_tables[group].add_row(row, table.row(row).tolist())
 
     def _add(
         self, request: RequestState, block_ids: Sequence[Sequence[int]], num_computed_tokens: int
@@ -164,7 +167,7 @@ class InputBatch:
         for table, blocks in zip(self.block_tables, block_ids, strict=True):
             table.add_row(row, blocks)
         prompt, output = np.split(request.token_ids, [request.num_prompt_tokens])
-        self.sampling.add(row, request.req_id, request.sampling_params, prompt, output)
+        self.sampling.add(row, request.req_id, request.sampling_params, prompt.tolist(), output.tolist())
 
     def _remove(self, req_id: str, moved: Int32[np.ndarray, "max_reqs"]) -> RequestState | None:
         """Take a request out and close its row; None when it is not here.

@@ -68,12 +68,13 @@ def to_layout(
     return metal_kv.CacheLayout.from_groups(groups, config.num_blocks)
 
 
-def bytes_per_block(vllm_config: "VllmConfig", specs: Mapping[str, metal_kv.KVCacheSpec]) -> int:
-    """Bytes that one block id costs over all layers, grouped as vLLM will group them."""
+def planned_groups(
+    vllm_config: "VllmConfig", specs: Mapping[str, metal_kv.KVCacheSpec]
+) -> list[metal_kv.CacheGroup]:
+    """The groups that vLLM will make of the layers once it knows how much memory there is."""
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
-    groups = get_kv_cache_groups(vllm_config, to_vllm_specs(specs))
-    return metal_kv.bytes_per_block([_to_group(group, specs) for group in groups])
+    return [_to_group(group, specs) for group in get_kv_cache_groups(vllm_config, to_vllm_specs(specs))]
 
 
 def _to_group(

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, KVCacheSpec, MemoryBudget
+from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, KVCacheSpec
 from metal_models import PagedModel
 from vllm_metal_plugin import device
 from vllm_metal_plugin.device import Target
 from vllm_metal_plugin.envs import MetalEnvs
-from vllm_metal_plugin.errors import NotEnoughMemoryError
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig
@@ -97,37 +96,3 @@ def _profile_cache(
         for kind, first, count in zip(kinds, firsts, counts, strict=True)
     ]
     return pool, metadata
-
-
-def plan(
-    limit: MemoryLimit, *, model_bytes: int, overhead_bytes: int, bytes_per_block: int, block_size: int
-) -> MemoryBudget:
-    """Divide the memory.
-
-    Raises:
-        NotEnoughMemoryError: Weights and one step leave nothing for the cache; says which fraction would do.
-    """
-    usable = int(limit.total_bytes * limit.fraction)
-    kv_budget = usable - model_bytes - overhead_bytes
-    if limit.kv_cache_cap_bytes is not None:
-        kv_budget = min(kv_budget, limit.kv_cache_cap_bytes)
-    budget = MemoryBudget(
-        metal_limit=limit.total_bytes,
-        fraction=limit.fraction,
-        usable=usable,
-        model_memory=model_bytes,
-        overhead=overhead_bytes,
-        kv_budget=kv_budget,
-        per_block_bytes=bytes_per_block,
-        block_size=block_size,
-    )
-    if kv_budget < 2 * bytes_per_block:
-        needed = (model_bytes + overhead_bytes + 2 * bytes_per_block) / limit.total_bytes
-        remedy = (
-            f"Set VLLM_METAL_MEMORY_FRACTION to {min(1.0, needed + 0.05):.2f} or more, or pass a smaller "
-            "--max-num-batched-tokens"
-            if needed <= 1.0
-            else "Use a smaller or more quantised model, or a smaller --max-num-batched-tokens"
-        )
-        raise NotEnoughMemoryError(f"[memory] not enough memory for the KV cache: {budget}. {remedy}.")
-    return budget

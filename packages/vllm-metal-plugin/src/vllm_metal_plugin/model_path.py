@@ -1,6 +1,5 @@
 """One resolution per launch: from what the user typed to one local path."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -78,18 +77,12 @@ def _gguf_in(path: Path) -> Path | None:
 
 
 def _sidecar(gguf: Path) -> Path:
-    """The directory written for ``gguf``; a file that changed gets a new one."""
+    """The directory written for ``gguf``, below the user's cache directory."""
+    from metal_models import MetalModelsError
     from metal_models.gguf import write_sidecar
 
-    gguf = gguf.resolve()
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = root / "vllm-metal" / "gguf" / f"{gguf.stem}-{key}"
-    if not (directory / "config.json").exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            write_sidecar(gguf, directory)
-        except (OSError, ValueError) as error:
-            raise ModelFilesError(f"[model] expected a readable GGUF file, got {gguf}: {error}") from error
-    return directory
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        return write_sidecar(gguf, cache / "vllm-metal" / "gguf")
+    except (OSError, MetalModelsError) as error:
+        raise ModelFilesError(str(error)) from error

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from vllm.logger import init_logger
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from metal_kv import KVCachePool
 from metal_models import PagedModel
 from vllm_metal_plugin.async_output import AsyncStepOutput
 from vllm_metal_plugin.input_batch import InputBatch
+from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.prompt_logprobs import PromptScores, score_prompts
 from vllm_metal_plugin.sampling import GrammarRows, Sampler
 from vllm_metal_plugin.step_inputs import StepInputs, build_step_inputs
@@ -21,7 +21,7 @@ from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
-logger = init_logger(__name__)
+logger = metal_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class ModelRunner:
         """Start computing; the graph is complete, so the wait on a CPU overlaps all the host's work."""
         if self._wait_before_dispatch:
             mx.eval(self._in_flight)
-        mx.async_eval(results, cache)
+        mx.async_eval(results, cache)  # type: ignore[no-untyped-call]
         self._in_flight = results
 
     def _sample(self, step: PendingStep, grammar_output: "GrammarOutput | None") -> AsyncModelRunnerOutput:
@@ -128,8 +128,9 @@ class ModelRunner:
                 grammar = GrammarRows.from_vllm(
                     grammar_output, {req_id: row for row, req_id in enumerate(emitting)}
                 )
-            sampled = self._sampler(step.logits, rows, self._batch.sampling, grammar)
+            sampled = self._sampler(step.logits, rows.tolist(), self._batch.sampling, grammar)
             self._batch.record_sampled(rows, sampled.token_ids)
         output = AsyncStepOutput(inputs.req_ids, inputs.emits, sampled, step.prompts.completed)
-        mx.async_eval(output.arrays(), self._batch.sampling.arrays(), self._batch.last_token_ids)
+        state = [*self._batch.sampling.arrays(), self._batch.last_token_ids]
+        mx.async_eval(output.arrays(), state)  # type: ignore[no-untyped-call]
         return output

@@ -13,7 +13,7 @@ WORKER_CLS = "vllm_metal_plugin.worker.MetalWorker"
 ATTENTION_BACKEND = "vllm_metal_plugin.attention_backend.SyntheticBackend"
 
 
-class MetalPlatform(Platform):
+class MetalPlatform(Platform):  # type: ignore[misc]
     """MLX as a vLLM platform.
 
     For torch the device is the CPU: tensors only cross the border between vLLM and MLX there.
@@ -60,6 +60,10 @@ class MetalPlatform(Platform):
         from vllm_metal_plugin import device
 
         return device.total_memory_bytes(device.select_device())
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """There are no compiled torch kernels to import."""
 
     @classmethod
     def set_device(cls, device: torch.device) -> None:
@@ -111,6 +115,13 @@ class MetalPlatform(Platform):
         from vllm_metal_plugin.request_checks import check_request
 
         check_request(processed_inputs, params)
+
+    @classmethod
+    def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig") -> None:
+        """Called once in the process that has the scheduler, before the scheduler is made."""
+        from vllm_metal_plugin import upstream_fixes
+
+        upstream_fixes.install_in_engine_core()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:

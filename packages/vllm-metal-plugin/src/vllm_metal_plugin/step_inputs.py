@@ -33,12 +33,15 @@ class StepInputs:
     @property
     def logits_indices(self) -> Int32[np.ndarray, "emitting"]:
         """The token row after which each emitting request samples."""
-        return self.query_start_loc[1:][self.emits] - np.int32(1)
+        ends: np.ndarray = self.query_start_loc[1:]
+        last: np.ndarray = ends[self.emits] - np.int32(1)
+        return last
 
     @property
     def emitting_rows(self) -> Int32[np.ndarray, "emitting"]:
         """Batch rows of the emitting requests."""
-        return self.rows[self.emits]
+        rows: np.ndarray = self.rows[self.emits]
+        return rows
 
 
 def build_step_inputs(

@@ -1,19 +1,19 @@
 """The life of one engine worker: device, model, cache, steps."""
 
 import time
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 import metal_models
-from metal_kv import KVCachePool
+from metal_kv import CacheGroup, KVCachePool, MemoryBudget, bytes_per_block, max_blocks_per_request
 from vllm_metal_plugin import kv_cache, memory
 from vllm_metal_plugin.config import MetalConfig
 from vllm_metal_plugin.device import device_name, select_device
 from vllm_metal_plugin.input_batch import InputBatch
+from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.model_runner import ModelRunner
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-logger = init_logger(__name__)
+logger = metal_logger(__name__)
 
 
-class MetalWorker(WorkerBase):
+class MetalWorker(WorkerBase):  # type: ignore[misc]
     """Answers the engine's calls in the order in which vLLM makes them at start, then runs steps."""
 
     def init_device(self) -> None:
         """Choose the MLX device."""
         self.config = MetalConfig.from_vllm(self.vllm_config)
         self.target = select_device(self.config.envs)
-        logger.info("MLX %s on %s (%s)", mx.__version__, device_name(self.target), self.target)
+        logger.info("MLX %s on %s (%s)", version("mlx"), device_name(self.target), self.target)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model from its local directory."""
@@ -63,7 +63,7 @@ class MetalWorker(WorkerBase):
         """Bytes for the KV cache: as the user said, or what weights and one step leave of the budget.
 
         Raises:
-            NotEnoughMemoryError: Nothing is left.
+            NotEnoughMemoryError: It does not hold one request; the text says what would help.
         """
         if self.cache_config.kv_cache_memory_bytes:
             return int(self.cache_config.kv_cache_memory_bytes)
@@ -75,15 +75,31 @@ class MetalWorker(WorkerBase):
             num_reqs=self.config.max_num_reqs,
             target=self.target,
         )
-        budget = memory.plan(
-            limit,
-            model_bytes=self.model.nbytes,
-            overhead_bytes=overhead,
-            bytes_per_block=kv_cache.bytes_per_block(self.vllm_config, self.specs),
+        groups = kv_cache.planned_groups(self.vllm_config, self.specs)
+        budget = MemoryBudget.plan(
+            limit.total_bytes,
+            limit.fraction,
+            model_memory=self.model.nbytes,
+            overhead=overhead,
+            per_block_bytes=bytes_per_block(groups),
             block_size=self.cache_config.block_size,
+            kv_budget_limit=limit.kv_cache_cap_bytes,
         )
         logger.info("%s", budget)
+        self._require(budget, groups)
         return budget.kv_budget
+
+    def _require(self, budget: MemoryBudget, groups: list[CacheGroup]) -> None:
+        """Refuse a budget without room for one request of full length, unless vLLM chooses that length."""
+        in_flight = self.vllm_config.max_in_flight_tokens
+        chosen_later = (
+            self.model_config.original_max_model_len == -1
+            or self.cache_config.num_gpu_blocks_override is not None
+        )
+        budget.require(
+            None if chosen_later else self.model_config.max_model_len,
+            lambda num_tokens: max_blocks_per_request(groups, num_tokens, in_flight),
+        )
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the cache that vLLM planned and put the runner together."""

@@ -7,21 +7,20 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
 
-from vllm_metal_plugin.sampling.draw import draw, weights
 from vllm_metal_plugin.sampling.logprobs import (
     LogprobColumns,
     SampleLogprobs,
     chosen_logprobs,
     top_logprobs,
 )
-from vllm_metal_plugin.sampling.nucleus import Slice, mass_above, top_k_bound, top_p_slice
 from vllm_metal_plugin.sampling.penalties import (
     apply_frequency_penalty,
     apply_presence_penalty,
     apply_repetition_penalty,
 )
+from vllm_metal_plugin.sampling.random_rows import Drawn, draw_narrow, draw_wide
 from vllm_metal_plugin.sampling.sampling_state import SamplingState
-from vllm_metal_plugin.sampling.step_plan import LogprobRows, Penalties, RandomRows, StepPlan, sparse_add
+from vllm_metal_plugin.sampling.step_plan import LogprobRows, Penalties, StepPlan, sparse_add
 from vllm_metal_plugin.sampling.structured_output import GrammarRows, add_rows, apply_grammar
 
 Table = Float[mx.array, "rows vocab"]
@@ -92,30 +91,27 @@ class Sampler:
     def _sample(
         self, scores: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]
     ) -> tuple[Int32[mx.array, "rows"], Table]:
-        """Return the tokens, and the processed logits when they have to be reported."""
-        random = plan.random
-        num_rows = scores.shape[0]
-        if not len(random.index):
+        """Return the tokens, and the logits as they were drawn from, to be reported if asked for."""
+        if len(plan.greedy) == scores.shape[0]:
             return mx.argmax(scores, axis=1).astype(mx.int32), scores
-        emitted = state.num_output_tokens[list(rows)]
-        uniform = np.array(
-            [[plan.requests[i].uniform(int(emitted[i]))] for i in random.index], dtype=np.float32
-        )
-        hot = take_rows(scores, random.index)
-        tokens, bound, weight = _draw_rows(hot, mx.array(uniform), random)
-        greedy_index = np.setdiff1d(np.arange(num_rows, dtype=np.int32), random.index)
-        report = not self._raw and not plan.logprobs.empty
-        if report:
-            hot = hot.astype(mx.float32)
-            if random.inverse_temperature is not None:
-                hot = hot * random.inverse_temperature
-            hot = mx.where(weight > bound, hot, -float("inf"))
-        if not len(greedy_index):
-            return tokens, hot
-        cold = take_rows(scores, greedy_index)
-        order = mx.array(np.argsort(np.concatenate([random.index, greedy_index])).astype(np.int32))
-        tokens = mx.concatenate([tokens, mx.argmax(cold, axis=1).astype(mx.int32)])[order]
-        return tokens, mx.concatenate([hot, cold.astype(mx.float32)])[order] if report else scores
+        emitted = state.num_output_tokens[list(rows)].tolist()
+        parts: list[Drawn] = []
+        if len(plan.greedy):
+            some = take_rows(scores, plan.greedy)
+            parts.append(Drawn(mx.argmax(some, axis=1).astype(mx.int32), some.astype(mx.float32)))
+        for group, sample in ((plan.narrow, draw_narrow), (plan.wide, draw_wide)):
+            if len(group.index):
+                uniform = mx.array(np.stack([plan.requests[i].uniform(emitted[i]) for i in group.index]))
+                some = take_rows(scores, group.index).astype(mx.float32)
+                parts.append(
+                    sample(some, uniform, group, exact_logits=not self._raw and not plan.logprobs.empty)
+                )
+        if len(parts) == 1:
+            return parts[0]
+        index = np.concatenate([plan.greedy, plan.narrow.index, plan.wide.index])
+        order = mx.array(np.argsort(index).astype(np.int32))
+        token_ids = mx.concatenate([part.token_ids for part in parts])[order]
+        return token_ids, mx.concatenate([part.logits for part in parts])[order]
 
 
 def take_rows(values: mx.array, index: np.ndarray) -> mx.array:
@@ -173,38 +169,6 @@ def _penalise(logits: Table, penalties: Penalties, state: SamplingState) -> Tabl
     logits = logits[:]
     logits[mx.array(penalties.index)] = some
     return logits
-
-
-def _draw_rows(
-    logits: Table, uniform: Float[mx.array, "rows one"], rows: RandomRows
-) -> tuple[Int32[mx.array, "rows"], Float[mx.array, "rows one"], Table]:
-    """Return tokens, the weight that kept tokens exceed, and all weights."""
-    weight = weights(logits.astype(mx.float32), rows.inverse_temperature)
-    bound = mx.zeros_like(uniform) if rows.min_p_floor is None else rows.min_p_floor
-    if rows.top_k is not None:
-        bound = mx.maximum(bound, top_k_bound(weight, rows.top_k, rows.largest_k))
-    if not len(rows.top_p_index):
-        if rows.min_p_floor is None and rows.top_k is None:
-            return draw(weight, uniform), bound, weight
-        return draw(weight * (weight > bound), uniform), bound, weight
-    index = rows.top_p_index
-    some, floor = take_rows(weight, index), take_rows(bound, index)
-    part, nucleus = top_p_slice(some, mass_above(some, floor), floor, rows.top_p, take_rows(uniform, index))
-    if len(index) == weight.shape[0]:
-        return draw(part.apply(weight), part.uniform), nucleus, weight
-    at = mx.array(index)
-    part = Slice(
-        _replace(bound, at, part.above),
-        _replace(mx.full(bound.shape, float("inf")), at, part.upto),
-        _replace(uniform, at, part.uniform),
-    )
-    return draw(part.apply(weight), part.uniform), _replace(bound, at, nucleus), weight
-
-
-def _replace(values: mx.array, at: mx.array, new: mx.array) -> mx.array:
-    values = values[:]
-    values[at] = new
-    return values
 
 
 def _report(

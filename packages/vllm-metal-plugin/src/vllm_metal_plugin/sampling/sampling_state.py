@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +10,12 @@ from jaxtyping import Int32
 
 from vllm_metal_plugin.sampling.structured_output import pack_bits
 from vllm_metal_plugin.sampling.token_history import RecentTokens, TokenCounts
-from vllm_metal_plugin.sampling.uniforms import BLOCK, request_key, uniform_block
+from vllm_metal_plugin.sampling.uniforms import BLOCK, NUMBERS, request_key, uniform_block
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy sampling, as in vLLM."""
@@ -38,14 +40,15 @@ class RequestSampling:
     count_slot: int | None = None
     recent_slot: int | None = None
     block: int = -1
-    uniforms: np.ndarray = field(default_factory=lambda: np.zeros(BLOCK, dtype=np.float32))
+    uniforms: Float32Array = field(default_factory=lambda: np.zeros((BLOCK, NUMBERS), dtype=np.float32))
 
-    def uniform(self, output_index: int) -> float:
-        """Return the uniform number of the ``output_index``-th emitted token."""
+    def uniform(self, output_index: int) -> Float32Array:
+        """Return the uniform numbers, float32 [NUMBERS], of the ``output_index``-th emitted token."""
         block, offset = divmod(output_index, BLOCK)
         if block != self.block:
             self.block, self.uniforms = block, uniform_block(self.key, block)
-        return float(self.uniforms[offset])
+        numbers: Float32Array = self.uniforms[offset]
+        return numbers
 
 
 class SamplingState:
@@ -75,6 +78,12 @@ class SamplingState:
         self.version = 0
         """Changes whenever a row holds another request than before."""
         self._entropy = None if seed is None else np.random.default_rng(seed)
+
+    def grow(self, max_num_reqs: int) -> None:
+        """Make room for more batch rows."""
+        more = max_num_reqs - len(self.requests)
+        self.requests.extend([None] * more)
+        self.num_output_tokens = np.pad(self.num_output_tokens, (0, more))
 
     def add(
         self,

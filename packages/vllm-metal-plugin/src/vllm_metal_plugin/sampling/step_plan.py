@@ -14,6 +14,9 @@ from vllm_metal_plugin.sampling.sampling_state import (
 )
 from vllm_metal_plugin.sampling.structured_output import additive_mask
 
+NARROW = 128
+"""Largest top_k for which a row is sampled from its best tokens alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class SparseAdd:
@@ -51,15 +54,14 @@ class Penalties:
 
 @dataclass(frozen=True, eq=False)
 class RandomRows:
-    """Parameters of the rows that are not greedy, in the order of ``index``; None where no row uses one."""
+    """Parameters of rows that are not greedy, in the order of ``index``; None where no row uses one."""
 
     index: np.ndarray
     inverse_temperature: mx.array | None
     min_p_floor: mx.array | None
     top_k: mx.array | None
     largest_k: int
-    top_p_index: np.ndarray
-    top_p: mx.array
+    top_p: mx.array | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,12 @@ class StepPlan:
     """Everything a sampler call needs besides the logits and what changes at every step."""
 
     requests: list[RequestSampling]
-    random: RandomRows
+    narrow: RandomRows
+    """Random rows whose top_k leaves few candidates."""
+    wide: RandomRows
+    """All other random rows."""
+    greedy: np.ndarray
+    """int32: the remaining rows."""
     allowed: tuple[np.ndarray, mx.array] | None
     fixed_bias: SparseAdd | None
     bad_sequences: BadSequences | None
@@ -96,9 +103,19 @@ class StepPlan:
     def build(cls, state: SamplingState, rows: Sequence[int]) -> "StepPlan":
         """Gather the rules of these batch rows, in this order."""
         requests = [state.at(row) for row in rows]
+        greedy: list[int] = []
+        narrow: list[int] = []
+        wide: list[int] = []
+        for i, request in enumerate(requests):
+            if request.params.temperature < GREEDY_BELOW:
+                greedy.append(i)
+            else:
+                (narrow if request.top_k <= NARROW else wide).append(i)
         return cls(
             requests=requests,
-            random=_random_rows(requests),
+            narrow=_random_rows(requests, narrow),
+            wide=_random_rows(requests, wide),
+            greedy=np.array(greedy, dtype=np.int32),
             allowed=_allowed(requests, state.vocab_size),
             fixed_bias=sparse_add([(i, *request.fixed_bias) for i, request in enumerate(requests)]),
             bad_sequences=_bad_sequences(requests, state.recent.width),
@@ -129,22 +146,20 @@ def _column(values: Sequence[float], neutral: float) -> mx.array | None:
     return mx.array(np.array(values, dtype=np.float32)[:, None])
 
 
-def _random_rows(requests: list[RequestSampling]) -> RandomRows:
-    index = [i for i, r in enumerate(requests) if r.params.temperature >= GREEDY_BELOW]
-    params = [requests[i].params for i in index]
+def _random_rows(requests: list[RequestSampling], index: list[int]) -> RandomRows:
+    chosen = [requests[i] for i in index]
+    params = [request.params for request in chosen]
     min_p = np.array([p.min_p for p in params], dtype=np.float32)
     floor = np.where(min_p > 0, np.nextafter(min_p, np.float32(0)), 0.0).astype(np.float32)
-    top_k = np.array([requests[i].top_k for i in index], dtype=np.int32)
-    limited = [requests[i].top_k for i in index if requests[i].top_k < requests[i].vocab_size]
-    top_p_index = np.array([j for j, p in enumerate(params) if p.top_p < 1.0], dtype=np.int32)
+    top_k = np.array([request.top_k for request in chosen], dtype=np.int32)
+    limited = [request.top_k for request in chosen if request.top_k < request.vocab_size]
     return RandomRows(
         index=np.array(index, dtype=np.int32),
         inverse_temperature=_column([1.0 / p.temperature for p in params], 1.0),
         min_p_floor=mx.array(floor[:, None]) if floor.any() else None,
         top_k=mx.array(top_k[:, None]) if limited else None,
         largest_k=max(limited, default=0),
-        top_p_index=top_p_index,
-        top_p=mx.array(np.array([params[j].top_p for j in top_p_index], dtype=np.float32)[:, None]),
+        top_p=_column([p.top_p for p in params], 1.0),
     )
 
 

@@ -1,11 +1,14 @@
-"""One uniform number per (request, output index), from a counter-based generator."""
+"""Uniform numbers for each (request, output index), from a counter-based generator."""
 
 import secrets
 
 import numpy as np
 
 BLOCK = 64
-"""Uniform numbers drawn at once for a request."""
+"""Output indices whose numbers are made at once for a request."""
+
+NUMBERS = 8
+"""Uniform numbers per output index; most draws use the first alone."""
 
 _KEY_BITS = 128
 _STEPS = 1 << 23
@@ -26,13 +29,13 @@ def request_key(seed: int | None, entropy: np.random.Generator | None = None) ->
 
 
 def uniform_block(key: int, block: int) -> np.ndarray:
-    """Return float32 [BLOCK]: the numbers of output indices ``block * BLOCK`` onwards.
+    """Return float32 [BLOCK, NUMBERS]: the numbers of output indices ``block * BLOCK`` onwards.
 
     They lie strictly between 0 and 1, on the centres of 2**23 equal cells, so that float32 holds them
     exactly and neither end can round onto a token of probability zero.
 
     Source: Salmon et al., *Parallel random numbers: as easy as 1, 2, 3* (Philox).
     """
-    generator = np.random.Philox(key=key, counter=block * (BLOCK // 4))
-    cells = generator.random_raw(BLOCK) >> np.uint64(41)
+    generator = np.random.Philox(key=key, counter=block * (BLOCK * NUMBERS // 4))
+    cells = generator.random_raw(BLOCK * NUMBERS).reshape(BLOCK, NUMBERS) >> np.uint64(41)
     return ((cells.astype(np.float64) + 0.5) / _STEPS).astype(np.float32)

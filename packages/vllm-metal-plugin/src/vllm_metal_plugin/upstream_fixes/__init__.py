@@ -2,8 +2,14 @@
 
 
 def install() -> None:
-    """Install every workaround; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import accelerator_empty_cache, failed_steps
+    """Install the workarounds that every process needs; safe to repeat."""
+    from vllm_metal_plugin.upstream_fixes import accelerator_empty_cache
 
     accelerator_empty_cache.install()
+
+
+def install_in_engine_core() -> None:
+    """Install the workarounds that only the process with the scheduler needs; safe to repeat."""
+    from vllm_metal_plugin.upstream_fixes import failed_steps
+
     failed_steps.install()

@@ -16,7 +16,7 @@ _installed = False
 
 
 @dataclass
-class FailedStepOutput(ModelRunnerOutput):
+class FailedStepOutput(ModelRunnerOutput):  # type: ignore[misc]
     """The output of a step that raised: no tokens, and who must be told."""
 
     failed_req_ids: set[str] = field(default_factory=set)
