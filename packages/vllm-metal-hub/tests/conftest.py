@@ -8,9 +8,7 @@ def _own_world(tmp_path_factory, monkeypatch):
     """No test sees this machine's caches, tokens, mirrors or proxies."""
     home = tmp_path_factory.mktemp("home")
     for name in list(__import__("os").environ):
-        if name.startswith(
-            ("HF_", "MODELSCOPE_", "VLLM_METAL", "VLLM_USE_MODELSCOPE", "TRANSFORMERS_OFFLINE")
-        ):
+        if name.startswith(("HF_", "MODELSCOPE_", "VLLM_METAL", "VLLM_USE_MODELSCOPE", "TRANSFORMERS_OFFLINE")):
             monkeypatch.delenv(name)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(home))
@@ -59,3 +57,35 @@ def sha256(content):
 
 def git_sha1(content):
     return __import__("hashlib").sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fault server that every client of this test and of its children talks to."""
+    from vllm_metal_hub.testing import FaultServer
+
+    with FaultServer() as server:
+        for name, value in server.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def events():
+    """Collects what a resolution says."""
+
+    class Events(list):
+        def __call__(self, event):
+            self.append(event)
+
+        @property
+        def notes(self):
+            return [event["text"] for event in self if event["event"] == "note"]
+
+    return Events()
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Lets the next resolve() ask again, as a new launch would."""
+    return lambda: monkeypatch.setenv("VLLM_METAL_HUB_RESOLVED", "{}")

@@ -23,9 +23,7 @@ def test_hub_references(text, repo, source, revision, quant, file):
     assert ref.path is None
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a/b/c", "a//b", "owner/../x", "http://x/y", "owner/name@", "o--x/n", "a b/c"]
-)
+@pytest.mark.parametrize("text", ["", "a/b/c", "a//b", "owner/../x", "http://x/y", "owner/name@", "o--x/n", "a b/c"])
 def test_what_is_no_reference_is_refused(text):
     with pytest.raises(UsageError, match="expected a path"):
         parse(text)

@@ -82,7 +82,5 @@ def test_children_inherit_the_answer_even_when_the_cache_setting_is_gone(hf_cach
     resolve("owner/name")
     env = {**os.environ, "HF_HUB_CACHE": "/nowhere"}
     program = "from vllm_metal_hub import resolve; print(resolve('owner/name').path)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(path)

@@ -12,9 +12,7 @@ def fed(*lines):
 
 def test_stages_only_move_forward():
     log = ServerLog()
-    assert log.feed(
-        "(APIServer pid=1) INFO 11-21 04:00:00 [model.py:1] Resolved architecture: LlamaForCausalLM"
-    )
+    assert log.feed("(APIServer pid=1) INFO 11-21 04:00:00 [model.py:1] Resolved architecture: LlamaForCausalLM")
     assert log.stage == "starting the engine"
     assert not log.feed("(APIServer pid=1) INFO 11-21 04:00:00 [x.py:1] non-default args: {}")
     assert log.feed("INFO:     Application startup complete.")
@@ -22,9 +20,7 @@ def test_stages_only_move_forward():
 
 
 def test_capacity_is_read_from_the_engines_line():
-    log = fed(
-        PREFIX + "CPU KV cache size: 12,345 tokens, Maximum concurrency for 2,048 tokens per request: 6.03x"
-    )
+    log = fed(PREFIX + "CPU KV cache size: 12,345 tokens, Maximum concurrency for 2,048 tokens per request: 6.03x")
     assert (log.kv_cache_tokens, log.max_model_len, log.max_concurrency) == (12345, 2048, 6.03)
 
 

@@ -48,18 +48,12 @@ Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public n
 
 def _add_demo(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("demo", help="serve a small model, ask it something, and show what it cost")
-    parser.add_argument(
-        "--model", metavar="REF", help="path, .gguf file or model id (default: SmolLM2-135M-Instruct)"
-    )
+    parser.add_argument("--model", metavar="REF", help="path, .gguf file or model id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask")
     parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one)")
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)"
-    )
-    parser.add_argument(
-        "--timeout", type=_positive, default=900, metavar="S", help="seconds to wait for the server"
-    )
+    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--timeout", type=_positive, default=900, metavar="S", help="seconds to wait for the server")
     parser.set_defaults(command=_demo)
 
 
@@ -75,9 +69,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     prompt = options.prompt or PROMPT
     timeout_s = float(options.timeout)
-    return run_demo(
-        DemoOptions(options.model, prompt, options.keep, options.port, options.max_tokens, timeout_s)
-    )
+    return run_demo(DemoOptions(options.model, prompt, options.keep, options.port, options.max_tokens, timeout_s))
 
 
 def _add_doctor(commands: "Commands[argparse.ArgumentParser]") -> None:

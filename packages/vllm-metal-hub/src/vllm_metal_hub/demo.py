@@ -79,9 +79,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
             with StageDisplay(console, f"[bold]{escape(name)}[/]: vllm serve on port {port}") as display:
                 server.wait_ready(options.timeout_s, display.show)
                 startup_s = display.elapsed_s
-            console.print(
-                f"[green]✓[/] [bold]{escape(name)}[/] is up after {startup_s:.0f} s at {server.base_url}"
-            )
+            console.print(f"[green]✓[/] [bold]{escape(name)}[/] is up after {startup_s:.0f} s at {server.base_url}")
             answer = _ask_and_print(server, name, options, console)
             console.print(_result_table(name, answer, server, describe_device()))
             if options.keep:
@@ -225,9 +223,7 @@ def _result_table(name: str, answer: Answer, server: ServerProcess, device: str)
     table.add_row(
         "time to first token", f"{answer.first_token_s * 1000:.0f} ms ({answer.prompt_tokens} prompt tokens)"
     )
-    table.add_row(
-        "speed", f"{speed:.1f} tokens/s ({answer.tokens} tokens)" if speed else f"{answer.tokens} tokens"
-    )
+    table.add_row("speed", f"{speed:.1f} tokens/s ({answer.tokens} tokens)" if speed else f"{answer.tokens} tokens")
     if log.kv_cache_tokens is not None:
         table.add_row("KV cache", f"{log.kv_cache_tokens:,} tokens")
     if log.max_concurrency is not None:

@@ -64,9 +64,7 @@ def probe_device(timeout_s: float = 120.0) -> DeviceProbe:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     facts = found["facts"]
     target = "cpu" if found["device"] == "cpu" else ("metal" if found["metal"] else "cuda")
-    memory = (
-        facts.get("max_recommended_working_set_size") or facts.get("total_memory") or facts.get("memory_size")
-    )
+    memory = facts.get("max_recommended_working_set_size") or facts.get("total_memory") or facts.get("memory_size")
     return DeviceProbe(
         version=found["version"],
         target=target,

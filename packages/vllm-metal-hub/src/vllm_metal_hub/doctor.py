@@ -32,9 +32,7 @@ def run_doctor(as_json: bool, console: Console | None = None) -> int:
     if as_json:
         groups = {title: list(checks()) for title, checks in _GROUPS}
         every = [check for checks in groups.values() for check in checks]
-        lines = [
-            {"group": title, **dataclasses.asdict(c)} for title, checks in groups.items() for c in checks
-        ]
+        lines = [{"group": title, **dataclasses.asdict(c)} for title, checks in groups.items() for c in checks]
         json.dump({"ok": not _failed(every), "checks": lines}, sys.stdout, indent=2, ensure_ascii=False)
         print()
         return int(_failed(every))

@@ -49,18 +49,14 @@ def system_checks() -> Iterator[Check]:
     if sys.platform == "darwin":
         arm = platform.machine() == "arm64"
         found = f"macOS {platform.mac_ver()[0]}, {_sysctl('machdep.cpu.brand_string') or platform.machine()}"
-        yield Check(
-            "System", "ok" if arm else "fail", found, "Use an arm64 Python on Apple silicon, not Rosetta."
-        )
+        yield Check("System", "ok" if arm else "fail", found, "Use an arm64 Python on Apple silicon, not Rosetta.")
     else:
         yield Check("System", "ok", f"{platform.system()} {platform.release()}, {platform.machine()}")
 
 
 def _sysctl(name: str) -> str:
     try:
-        done = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False
-        )
+        done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
     except OSError:
         return ""
     return done.stdout.strip()
@@ -70,9 +66,7 @@ def mlx_checks() -> Iterator[Check]:
     """MLX's version, device and memory, and whether it can compile there."""
     probe = probe_device()
     if probe.error:
-        yield Check(
-            "MLX", "fail", probe.error, "Install mlx (on Linux: mlx[cpu] or mlx[cuda]), then run this again."
-        )
+        yield Check("MLX", "fail", probe.error, "Install mlx (on Linux: mlx[cpu] or mlx[cuda]), then run this again.")
         return
     yield Check("Device", *_device_status(probe))
     yield _compile_check(probe)
@@ -109,9 +103,7 @@ def vllm_checks() -> Iterator[Check]:
     for group, names in ENTRY_POINTS.items():
         present = {point.name for point in entry_points(group=group)}
         missing = [name for name in names if name not in present]
-        found = (
-            f"{group}: {', '.join(names)}" if not missing else f"{group}: {', '.join(missing)} not registered"
-        )
+        found = f"{group}: {', '.join(names)}" if not missing else f"{group}: {', '.join(missing)} not registered"
         advice = "Reinstall vllm-metal-plugin and vllm-metal-hub in this environment."
         yield Check("Plugin", "fail" if missing else "ok", found, advice)
     yield _platform_check()
@@ -125,9 +117,7 @@ def _version(distribution: str) -> str:
 
 
 def _platform_check(timeout_s: float = 180.0) -> Check:
-    advice = (
-        "See the lines below about the environment; run with VLLM_LOGGING_LEVEL=DEBUG for vLLM's own reasons."
-    )
+    advice = "See the lines below about the environment; run with VLLM_LOGGING_LEVEL=DEBUG for vLLM's own reasons."
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PLATFORM_PROGRAM],
@@ -140,9 +130,7 @@ def _platform_check(timeout_s: float = 180.0) -> Check:
         return Check("Platform", "fail", f"vLLM did not answer in {timeout_s:.0f} s", advice)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return Check(
-            "Platform", "fail", lines[-1].strip() if lines else f"exit code {done.returncode}", advice
-        )
+        return Check("Platform", "fail", lines[-1].strip() if lines else f"exit code {done.returncode}", advice)
     chosen = str(json.loads(done.stdout.strip().splitlines()[-1])["class"])
     ours = chosen.startswith("vllm_metal_plugin.")
     return Check("Platform", "ok" if ours else "fail", f"vLLM chooses {chosen}", advice)
@@ -159,9 +147,7 @@ def environment_checks() -> Iterator[Check]:
             continue
         value = "set" if any(word in name for word in _SECRET) else repr(os.environ[name])
         unknown = name in set_names and name not in known
-        yield Check(
-            name, "warn" if unknown else "ok", value, "No variable has this name; check its spelling."
-        )
+        yield Check(name, "warn" if unknown else "ok", value, "No variable has this name; check its spelling.")
     yield from _value_checks()
 
 
@@ -183,18 +169,12 @@ def _trap_checks() -> Iterator[Check]:
         allowed = {name.strip() for name in plugins.split(",")}
         hidden = [name for names in ENTRY_POINTS.values() for name in names if name not in allowed]
         advice = f"Unset it, or add: {','.join(hidden)}"
-        yield Check(
-            "VLLM_PLUGINS", "fail" if hidden else "ok", f"{plugins!r} hides {hidden or 'nothing'}", advice
-        )
+        yield Check("VLLM_PLUGINS", "fail" if hidden else "ok", f"{plugins!r} hides {hidden or 'nothing'}", advice)
     protocol = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     if protocol not in (None, "0"):
-        yield Check(
-            "VLLM_USE_V2_MODEL_RUNNER", "fail", repr(protocol), "Unset it: the plugin speaks protocol 1."
-        )
+        yield Check("VLLM_USE_V2_MODEL_RUNNER", "fail", repr(protocol), "Unset it: the plugin speaks protocol 1.")
     if not target and plugins is None and protocol in (None, "0"):
-        yield Check(
-            "Traps", "ok", "VLLM_TARGET_DEVICE, VLLM_PLUGINS and VLLM_USE_V2_MODEL_RUNNER are not in the way"
-        )
+        yield Check("Traps", "ok", "VLLM_TARGET_DEVICE, VLLM_PLUGINS and VLLM_USE_V2_MODEL_RUNNER are not in the way")
 
 
 def _plugin_variables() -> set[str]:
@@ -264,6 +244,4 @@ def _free_space(paths: Iterable[Path]) -> Iterator[Check]:
         status: Status = "ok" if free > _LOW_DISK_BYTES else "warn"
         writable = os.access(path, os.W_OK)
         found = f"{bytes_text(free)} free at {path}" + ("" if writable else ", not writable")
-        yield Check(
-            "Disk", status if writable else "warn", found, "Free some space, or move the caches: HF_HOME."
-        )
+        yield Check("Disk", status if writable else "warn", found, "Free some space, or move the caches: HF_HOME.")

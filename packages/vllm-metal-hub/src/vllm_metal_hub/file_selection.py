@@ -11,9 +11,7 @@ from vllm_metal_hub.snapshot import FileEntry
 
 INDEX = "model.safetensors.index.json"
 
-_WEIGHT = re.compile(
-    r"\.(safetensors|bin|pth|pt|h5|msgpack|onnx|onnx_data|npz|gguf|ckpt|mlmodel|tflite|ot|pdparams)$"
-)
+_WEIGHT = re.compile(r"\.(safetensors|bin|pth|pt|h5|msgpack|onnx|onnx_data|npz|gguf|ckpt|mlmodel|tflite|ot|pdparams)$")
 _SMALL = re.compile(
     r"\.(json|jinja|txt|model|tiktoken|py|yaml|yml|jsonl|spm|vocab|merges|md)$|^(LICENSE|NOTICE)[^/]*$"
 )
@@ -36,26 +34,14 @@ def check_names(entries: Iterable[FileEntry]) -> None:
     seen: dict[str, str] = {}
     for entry in entries:
         path = PurePosixPath(entry.path)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or "\\" in entry.path
-            or "\0" in entry.path
-            or not path.parts
-        ):
-            raise UsageError(
-                f"[pull] expected relative file names, got {entry.path!r}. Do not use this repository."
-            )
+        if path.is_absolute() or ".." in path.parts or "\\" in entry.path or "\0" in entry.path or not path.parts:
+            raise UsageError(f"[pull] expected relative file names, got {entry.path!r}. Do not use this repository.")
         other = seen.setdefault(entry.path.casefold(), entry.path)
         if other != entry.path:
-            raise UsageError(
-                f"[pull] expected names that differ in more than case, got {other!r} and {entry.path!r}."
-            )
+            raise UsageError(f"[pull] expected names that differ in more than case, got {other!r} and {entry.path!r}.")
 
 
-def select(
-    ref: ModelRef, entries: Iterable[FileEntry], index_text: str | None = None
-) -> tuple[FileEntry, ...]:
+def select(ref: ModelRef, entries: Iterable[FileEntry], index_text: str | None = None) -> tuple[FileEntry, ...]:
     """Choose what a loader of ``ref`` reads: small files, and one format of the weights.
 
     ``index_text`` is the content of ``model.safetensors.index.json`` where the repository has one; its
@@ -67,7 +53,7 @@ def select(
     """
     listing = tuple(entries)
     check_names(listing)
-    weights = _gguf_files(ref, listing) if ref.quant or ref.file else _weights(ref, listing, index_text)
+    weights = _gguf_files(ref, listing) if selection_is_gguf(ref) else _weights(ref, listing, index_text)
     small = [e for e in listing if _is_small(e.path)]
     return tuple(sorted({e.path: e for e in [*small, *weights]}.values(), key=lambda e: e.path))
 
@@ -98,9 +84,7 @@ def _weights(ref: ModelRef, listing: tuple[FileEntry, ...], index_text: str | No
     if ggufs:
         return _one_gguf(ref, ggufs)
     fallback = [
-        e
-        for e in listing
-        if e.path.endswith((".npz", ".bin")) and "/" not in e.path and "training" not in e.path
+        e for e in listing if e.path.endswith((".npz", ".bin")) and "/" not in e.path and "training" not in e.path
     ]
     if not fallback:
         raise NotFoundError(
@@ -159,3 +143,8 @@ def _gguf_files(ref: ModelRef, listing: tuple[FileEntry, ...]) -> list[FileEntry
             f"[pull] expected {ref.file or ref.quant} in {ref.repo}, got {offered}. Choose one of them."
         )
     return found
+
+
+def selection_is_gguf(ref: ModelRef) -> bool:
+    """Tell whether a reference names a GGUF file, whatever else the repository holds."""
+    return bool(ref.quant or ref.file)

@@ -63,9 +63,7 @@ def _entry(name: str, facts: dict[str, object]) -> FileEntry:
     return FileEntry(name, int(str(facts.get("lfs_size") or facts["size"])), digest)
 
 
-def _needed(
-    ref: ModelRef, path: Path, listing: tuple[FileEntry, ...] | None
-) -> tuple[tuple[FileEntry, ...], str]:
+def _needed(ref: ModelRef, path: Path, listing: tuple[FileEntry, ...] | None) -> tuple[tuple[FileEntry, ...], str]:
     here = tuple(
         FileEntry(file.relative_to(path).as_posix(), file.stat().st_size)
         for file in sorted(path.rglob("*"))

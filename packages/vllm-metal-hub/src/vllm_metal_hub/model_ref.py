@@ -61,8 +61,7 @@ def parse(text: str, revision: str | None = None) -> ModelRef:
         )
     if revision and match["revision"] and revision != match["revision"]:
         raise UsageError(
-            f"[model] expected one revision, got {match['revision']!r} in {text!r} and {revision!r}. "
-            "Keep one of them."
+            f"[model] expected one revision, got {match['revision']!r} in {text!r} and {revision!r}. Keep one of them."
         )
     return ModelRef(
         text,

@@ -1,35 +1,64 @@
 """From what the user typed to one local path, once per launch, shared by every process of it."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_metal_hub import huggingface_cache
-from vllm_metal_hub.errors import NotFoundError, OfflineError
-from vllm_metal_hub.model_ref import ModelRef, parse
-from vllm_metal_hub.settings import HubSettings
-from vllm_metal_hub.snapshot import FileEntry, LocalSnapshot, SnapshotSource
+from vllm_metal_hub import adoption, manifest
+from vllm_metal_hub.errors import HubError, NetworkError, NotFoundError, OfflineError
+from vllm_metal_hub.fetch import Request
+from vllm_metal_hub.fetch_process import OnEvent, run_fetch
+from vllm_metal_hub.lock import locked
+from vllm_metal_hub.manifest import Manifest, manifest_path, read_manifest, refreshed, revision_of
+from vllm_metal_hub.model_ref import ModelRef, Source, parse
+from vllm_metal_hub.settings import HubSettings, Update
+from vllm_metal_hub.snapshot import LocalSnapshot, SnapshotSource
 
 RESOLVED = "VLLM_METAL_HUB_RESOLVED"
+CHECK_S = 3.0  # how long `update="check"` waits for a hub before it keeps the pinned copy
+_BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
 
 
-def resolve(ref: str, *, revision: str | None = None, settings: HubSettings | None = None) -> LocalSnapshot:
+def _silent(event: dict[str, object]) -> None:
+    """Hear nothing."""
+
+
+def resolve(
+    ref: str,
+    *,
+    revision: str | None = None,
+    sources: Sequence[Source] | None = None,
+    offline: bool | None = None,
+    update: Update | None = None,
+    on_event: OnEvent = _silent,
+    settings: HubSettings | None = None,
+) -> LocalSnapshot:
     """Return the local snapshot that ``ref`` means, and let child processes inherit the answer.
 
-    The order is: a local path; what a parent process resolved; the Hugging Face cache.
+    The order is: a local path; what a parent process resolved; what was pulled before; existing caches of Hugging
+    Face and ModelScope, once verified; the hubs, in the order of ``sources``. A branch stays at what was pulled
+    first until ``update`` is "check" or "always". Every argument that is None is the environment's.
 
     Raises:
-        UsageError: ``ref`` cannot be read.
-        NotFoundError: a local path that does not exist.
-        OfflineError: not on this machine.
+        HubError: one of its kinds says why there is no snapshot.
     """
     parsed = parse(ref, revision)
     if parsed.path is not None:
         return _local(parsed)
-    inherited = _inherited(parsed)
+    settings = settings or HubSettings.from_env()
+    settings = replace(
+        settings,
+        sources=(parsed.source,) if parsed.source else tuple(sources or settings.sources),
+        offline=settings.offline if offline is None else offline,
+        update=update or settings.update,
+    )
+    inherited = _inherited(parsed) if update is None else None
     if inherited is not None:
         return inherited
-    snapshot = _cached(parsed, settings or HubSettings.from_env())
+    snapshot = _Resolution(parsed, settings, on_event).run()
     hand_down(parsed, snapshot)
     return snapshot
 
@@ -41,17 +70,127 @@ def _local(ref: ModelRef) -> LocalSnapshot:
     return LocalSnapshot(ref.path, str(ref.path), "local")
 
 
+@dataclass
+class _Resolution:
+    """One reference on its way to a snapshot."""
+
+    ref: ModelRef
+    settings: HubSettings
+    on_event: OnEvent
+
+    def run(self) -> LocalSnapshot:
+        damaged = ""
+        if self.settings.update == "never" or self.settings.offline:
+            snapshot, damaged = self._pulled_before()
+            if snapshot is not None:
+                return snapshot
+            snapshot = adoption.adopt_huggingface(self.ref, self.settings) if self._asks("huggingface") else None
+            if snapshot is not None:
+                return snapshot
+        if self.settings.offline:
+            return self._offline(damaged)
+        return self._from_hubs()
+
+    def _asks(self, source: Source) -> bool:
+        return source in self.settings.sources or (self.settings.offline and self.ref.source is None)
+
+    def _order(self) -> tuple[Source, ...]:
+        """The user's order; offline, a copy from the other hub is better than none."""
+        if self.settings.offline and self.ref.source is None:
+            return (*self.settings.sources, *(s for s in _BOTH if s not in self.settings.sources))
+        return self.settings.sources
+
+    def _manifests(self, sources: Sequence[Source]) -> Iterator[tuple[Path, Manifest]]:
+        for source in sources:
+            path = manifest_path(self.settings.home, source, self.ref)
+            found = read_manifest(path)
+            if found is not None:
+                yield path, found
+
+    def _pulled_before(self) -> tuple[LocalSnapshot | None, str]:
+        damaged = ""
+        for path, found in self._manifests(self._order()):
+            wrong = manifest.problems(found)
+            if not wrong:
+                refreshed(path, found)
+                return found.snapshot(check="stat" if found.check == "hash" else found.check), ""
+            damaged = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:3])
+        return None, damaged
+
+    def _offline(self, damaged: str) -> LocalSnapshot:
+        seen = [f"the copy pulled before is damaged ({damaged})"] if damaged else []
+        for source in self._order():
+            try:
+                return adoption.adopt_unverified(source, self.ref, self.settings)
+            except HubError as error:
+                seen.append(str(error))
+        raise OfflineError(
+            f"[model] expected {self.ref.label}@{revision_of(self.ref.revision)} on this machine, since "
+            f"HF_HUB_OFFLINE is set, got: {'; '.join(seen)}. Where there is a network, run: vllm-metal pull {self.ref.text}"
+        )
+
+    def _from_hubs(self) -> LocalSnapshot:
+        failures: list[HubError] = []
+        for source in self.settings.sources:
+            try:
+                return self._from_hub(source)
+            except (NetworkError, NotFoundError) as error:
+                failures.append(error)
+                if len(self.settings.sources) > 1:
+                    self.on_event({"event": "note", "text": f"{source}: {error}"})
+        pinned, _ = self._pulled_before() if self.settings.update == "check" else (None, "")
+        if pinned is not None:
+            self.on_event({"event": "note", "text": f"{failures[-1]} Using the copy pulled before."})
+            return pinned
+        if len(failures) == 1:
+            raise failures[0]
+        kind = NotFoundError if all(isinstance(f, NotFoundError) for f in failures) else NetworkError
+        raise kind(" | ".join(str(failure) for failure in failures))
+
+    def _from_hub(self, source: Source) -> LocalSnapshot:
+        path = manifest_path(self.settings.home, source, self.ref)
+        lock = self.settings.home / "locks" / source / (path.stem + ".lock")
+        with locked(lock, lambda text: self.on_event({"event": "note", "text": text})):
+            before = read_manifest(path)
+            if before is not None and not manifest.problems(before):
+                if self.settings.update == "never":  # another process pulled it while this one waited
+                    return before.snapshot(check="stat")
+                if self._is_current(source, before):
+                    return before.snapshot(check="stat")
+            result = run_fetch(self._request(source), self.settings, self.on_event)
+            found = read_manifest(Path(result["manifest"]))
+            assert found is not None
+            return found.snapshot(fetched_bytes=int(result["fetched"]))
+
+    def _is_current(self, source: Source, before: Manifest) -> bool:
+        """Ask the hub what the branch is now; with "check", briefly."""
+        settings = self.settings
+        if settings.update == "check":
+            settings = replace(settings, timeout_s=CHECK_S, retries=1)
+        request = replace(self._request(source), only_list=True)
+        return bool(run_fetch(request, settings, self.on_event)["commit"] == before.commit)
+
+    def _request(self, source: Source) -> Request:
+        other = [s for s in _BOTH if s != source]
+        weights = next((m.weight_digests() for _, m in self._manifests(other)), frozenset())
+        return Request(
+            f"{self.ref.label}", source, self.ref.revision,
+            same_weights=() if self.ref.source else tuple(sorted(weights)),
+            adopt=adoption.candidates(source, self.ref, self.settings),
+        )  # fmt: skip
+
+
 def _key(ref: ModelRef) -> str:
     scheme = {None: "", "huggingface": "hf://", "modelscope": "ms://"}[ref.source]
-    return f"{scheme}{ref.label}@{ref.revision or ''}"
+    return f"{scheme}{ref.label}@{revision_of(ref.revision)}"
 
 
 def _table() -> dict[str, dict[str, str]]:
-    try:
+    with contextlib.suppress(ValueError):
         table = json.loads(os.environ.get(RESOLVED) or "{}")
-    except ValueError:
-        return {}
-    return table if isinstance(table, dict) else {}
+        if isinstance(table, dict):
+            return table
+    return {}
 
 
 def _inherited(ref: ModelRef) -> LocalSnapshot | None:
@@ -68,26 +207,3 @@ def hand_down(ref: ModelRef, snapshot: LocalSnapshot) -> None:
     """Put the answer into this process's environment, which every child of it inherits."""
     known = {"path": str(snapshot.path), "source": snapshot.source, "commit": snapshot.commit}
     os.environ[RESOLVED] = json.dumps({**_table(), _key(ref): known})
-
-
-def _cached(ref: ModelRef, settings: HubSettings) -> LocalSnapshot:
-    found = huggingface_cache.find_snapshot(settings.hf_cache, ref, ref.revision)
-    if found is None or found.problem:
-        state = f"incomplete ({found.problem})" if found else "not there"
-        raise OfflineError(
-            f"[model] expected {ref.label}@{ref.revision or 'main'} on this machine, got: "
-            f"in {settings.hf_cache} it is {state}. "
-            f"Run `hf download {ref.repo}` where there is a network, or pass a local path."
-        )
-    return LocalSnapshot(
-        loader_path(found.path, found.files), ref.repo, "huggingface", ref.revision, found.commit,
-        files=found.files, check="stat",
-    )  # fmt: skip
-
-
-def loader_path(directory: Path, files: tuple[FileEntry, ...]) -> Path:
-    """What a loader is given: the directory, or the (first) .gguf file in it when that is what was chosen."""
-    ggufs = sorted(entry.path for entry in files if entry.path.endswith(".gguf"))
-    if ggufs and not any(entry.path.endswith(".safetensors") for entry in files):
-        return directory / ggufs[0]
-    return directory

@@ -17,19 +17,13 @@ _STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"Application startup complete", "ready"),
     )
 )
-_CAPACITY = re.compile(
-    r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens[^:]*: ([\d.]+)x"
-)
-_PREFIX = re.compile(
-    r"^(?:\([^)]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?"
-)
+_CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens[^:]*: ([\d.]+)x")
+_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _CAUSE = re.compile(
     r"^((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*|(?:vllm serve: |vllm: )?error: .*)"
 )
 # Wrappers that say only that something else went wrong before.
-_WRAPPER = re.compile(
-    r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc|SystemExit"
-)
+_WRAPPER = re.compile(r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc|SystemExit")
 
 
 @dataclass

@@ -134,11 +134,7 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
         deadline = time.monotonic() + 5.0
-        while (
-            _group_lives(self._process.pid)
-            and self._process.poll() is not None
-            and time.monotonic() < deadline
-        ):
+        while _group_lives(self._process.pid) and self._process.poll() is not None and time.monotonic() < deadline:
             time.sleep(0.05)
         if _group_lives(self._process.pid):
             with contextlib.suppress(ProcessLookupError):

@@ -39,13 +39,9 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         UsageError: a word that names no hub.
     """
     short = {"hf": "huggingface", "ms": "modelscope"}
-    words = [
-        short.get(word.strip().lower(), word.strip().lower()) for word in text.split(",") if word.strip()
-    ]
+    words = [short.get(word.strip().lower(), word.strip().lower()) for word in text.split(",") if word.strip()]
     if not words or any(word not in get_args(Source) for word in words):
-        raise UsageError(
-            f"[source] expected huggingface, modelscope or both with a comma, got {text!r}. Change it."
-        )
+        raise UsageError(f"[source] expected huggingface, modelscope or both with a comma, got {text!r}. Change it.")
     return tuple(cast(list[Source], list(dict.fromkeys(words))))
 
 

@@ -44,3 +44,11 @@ class LocalSnapshot:
     def nbytes(self) -> int:
         """Size of the files that the snapshot lists."""
         return sum(entry.size for entry in self.files)
+
+
+def loader_path(directory: Path, files: tuple[FileEntry, ...]) -> Path:
+    """What a loader is given: the directory, or the (first) .gguf file in it when that is what was chosen."""
+    ggufs = sorted(entry.path for entry in files if entry.path.endswith(".gguf"))
+    if ggufs and not any(entry.path.endswith(".safetensors") for entry in files):
+        return directory / ggufs[0]
+    return directory
