@@ -52,9 +52,7 @@ def top_k_bound(weight: Weights, top_k: Int32[mx.array, "rows one"], largest_k: 
     return mx.where(top_k <= largest_k, just_below(last), 0.0)
 
 
-def edge_bound(
-    descending: Float[mx.array, "rows some"], target: PerRow
-) -> tuple[PerRow, Bool[mx.array, "rows one"]]:
+def edge_bound(descending: Float[mx.array, "rows some"], target: PerRow) -> tuple[PerRow, Bool[mx.array, "rows one"]]:
     """Return the bound below the weight at which the running sum reaches ``target``, and whether it does."""
     index = mx.sum(mx.cumsum(descending, axis=1) < target, axis=1, keepdims=True)
     last = descending.shape[1] - 1
@@ -122,7 +120,7 @@ def nucleus(weight: Weights, floor: PerRow, top_p: PerRow, *, sort: bool = False
     return Nucleus(mx.where(whole, floor, mx.maximum(bound, floor)), found | whole, target)
 
 
-def _wide_bound(weight: Weights, floor: PerRow, target: PerRow, window: Weights) -> PerRow:
+def _wide_bound(weight: Weights, floor: PerRow, target: PerRow, window: Float[mx.array, "rows window"]) -> PerRow:
     """Return a bound that keeps at least ``target`` and probably little more."""
     stride = max(1, weight.shape[1] // _SAMPLE_COLUMNS)
     sample = weight[:, ::stride]

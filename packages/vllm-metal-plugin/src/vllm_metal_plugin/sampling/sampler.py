@@ -103,9 +103,7 @@ class Sampler:
             if len(group.index):
                 uniform = mx.array(np.stack([plan.requests[i].uniform(emitted[i]) for i in group.index]))
                 some = take_rows(scores, group.index).astype(mx.float32)
-                parts.append(
-                    sample(some, uniform, group, exact_logits=not self._raw and not plan.logprobs.empty)
-                )
+                parts.append(sample(some, uniform, group, exact_logits=not self._raw and not plan.logprobs.empty))
         if len(parts) == 1:
             return parts[0]
         index = np.concatenate([plan.greedy, plan.narrow.index, plan.wide.index])
@@ -175,6 +173,7 @@ def _report(
     scores: Table, token_ids: Int32[mx.array, "rows"], wanted: LogprobRows, *, normalise: bool
 ) -> SampleLogprobs:
     parts: list[LogprobColumns] = []
+    scores = scores.astype(mx.float32)
     if len(wanted.top_index):
         some, tokens = take_rows(scores, wanted.top_index), take_rows(token_ids, wanted.top_index)
         parts.append(top_logprobs(some, tokens, int(wanted.top_k.max()), normalise=normalise))

@@ -104,9 +104,7 @@ def additive_mask(bitmask: np.ndarray, vocab_size: int) -> Float[mx.array, "rows
     return mask[:, :vocab_size]
 
 
-def apply_grammar(
-    logits: Float[mx.array, "rows vocab"], grammar: GrammarRows
-) -> Float[mx.array, "rows vocab"]:
+def apply_grammar(logits: Float[mx.array, "rows vocab"], grammar: GrammarRows) -> Float[mx.array, "rows vocab"]:
     """Return float32 logits with every token that the grammar forbids at -inf (lazy)."""
     return add_rows(logits, grammar.rows, additive_mask(grammar.bitmask, logits.shape[1]))
 

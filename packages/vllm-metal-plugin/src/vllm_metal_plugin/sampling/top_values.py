@@ -7,9 +7,7 @@ _LANES = 16
 _PRUNE_BELOW = 512
 
 
-def lanes(
-    values: Float[mx.array, "rows vocab"], num_lanes: int, fill: float
-) -> Float[mx.array, "rows lanes columns"]:
+def lanes(values: Float[mx.array, "rows vocab"], num_lanes: int, fill: float) -> Float[mx.array, "rows lanes columns"]:
     """View each row as ``num_lanes`` stripes; entry ``[lane, column]`` is token ``lane * columns + column``.
 
     Reducing over the lanes walks whole stripes, which is several times faster on a CPU than reducing over
@@ -63,12 +61,11 @@ def top_values(values: Float[mx.array, "rows vocab"], k: int) -> Float[mx.array,
 def top_tokens(values: Float[mx.array, "rows vocab"], k: int) -> Int32[mx.array, "rows k"]:
     """Return the positions of the ``k`` largest entries of each row, best first."""
     vocab = values.shape[1]
+    picked, positions = values, mx.broadcast_to(mx.arange(vocab, dtype=mx.int32), values.shape)
     if _prunes(vocab, k):
         picked, positions = _candidates(values, k)
-    elif k < vocab:
-        positions = mx.argpartition(values, vocab - k, axis=1)[:, vocab - k :].astype(mx.int32)
-        picked = mx.take_along_axis(values, positions, axis=1)
-    else:
-        picked, positions = values, mx.broadcast_to(mx.arange(vocab, dtype=mx.int32), values.shape)
-    order = mx.argsort(-picked, axis=1)[:, :k]
+    if k < picked.shape[1]:
+        best = mx.argpartition(picked, picked.shape[1] - k, axis=1)[:, picked.shape[1] - k :]
+        picked, positions = (mx.take_along_axis(array, best, axis=1) for array in (picked, positions))
+    order = mx.argsort(-picked, axis=1)
     return mx.take_along_axis(positions, order, axis=1)
