@@ -84,3 +84,17 @@ def mlx_lm_tokens(model_dir: Path) -> Callable[[Sequence[int], int], list[int]]:
         return [int(token) for token, _ in steps]
 
     return generate
+
+
+@pytest.fixture(scope="session")
+def mlx_lm_logprobs(model_dir: Path) -> Callable[[Sequence[int]], np.ndarray]:
+    """Log probabilities of the token after each position, as mlx-lm's model gives them."""
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(model_dir)
+
+    def logprobs(token_ids: Sequence[int]) -> np.ndarray:
+        logits = model(mx.array([list(token_ids)]))[0]
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+    return logprobs

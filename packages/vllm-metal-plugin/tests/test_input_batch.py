@@ -143,9 +143,7 @@ def test_preempted_request_resumes(batch: InputBatch) -> None:
     batch.update(step({"b": 1}, computed={"b": 1}, preempted=["a"]))
     assert list(batch.row_of) == ["b"]
     sample(batch, {"b": 22})
-    batch.update(
-        step({"b": 1, "a": 3}, computed={"b": 2, "a": 0}, resumed={"a": [3, 4, 20]}, blocks={"a": [7]})
-    )
+    batch.update(step({"b": 1, "a": 3}, computed={"b": 2, "a": 0}, resumed={"a": [3, 4, 20]}, blocks={"a": [7]}))
     inputs = build_step_inputs(batch, {"b": 1, "a": 3}, [4])
     assert np.array(inputs.token_ids).tolist() == [22, 3, 4, 20]
     assert inputs.emits.tolist() == [True, True]
