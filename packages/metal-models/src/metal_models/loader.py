@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_model
 
-from metal_models import registry
+from metal_models import interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
@@ -40,6 +40,7 @@ def _is_gguf(path: Path) -> bool:
 def _load_gguf(path: Path, dtype: mx.Dtype | None) -> tuple[nn.Module, dict[str, Any]]:
     from metal_models.gguf import load_gguf
 
+    interception.install()
     loaded: tuple[nn.Module, dict[str, Any]] = load_gguf(path, dtype=dtype)
     return loaded
 
