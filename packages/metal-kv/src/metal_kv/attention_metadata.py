@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int32
-from metal_kernels import RaggedBatch
 
+from metal_kernels import RaggedBatch
 from metal_kv.block_table import kernel_block_table
 from metal_kv.errors import SpecError
 from metal_kv.slot_mapping import slot_mapping, token_positions

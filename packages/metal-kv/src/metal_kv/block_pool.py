@@ -1,4 +1,4 @@
-"""Who has which cache block: allocation, sharing, prefix caching and copy-on-write forks, without a scheduler."""
+"""Who has which cache block: allocation, sharing, prefix caching and copy-on-write forks."""
 
 import hashlib
 import math
@@ -17,11 +17,12 @@ def _block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Reference-counted block ids with a prefix cache.
 
-    A block that nobody holds is free. If its rows are known by hash it keeps them until it is needed for something
-    else; the one unused longest goes first. Block 0, the null block, is never handed out.
+    A block that nobody holds is free. If its rows are known by hash it keeps them until it is needed
+    for something else; the one unused longest goes first. Block 0, the null block, is never handed out.
 
-    Invariants (``tests/test_block_pool.py``): free blocks plus held blocks are all blocks but the null block; a block
-    that two sequences hold is never written; once every sequence is freed all reference counts are 0.
+    Invariants (``tests/test_block_pool.py``): free blocks plus held blocks are all blocks but the null
+    block; a block that two sequences hold is never written; once every sequence is freed all reference
+    counts are 0.
 
     Args:
         num_blocks: Blocks of the cache pool, the null block included.
@@ -93,7 +94,7 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Drop one reference to each block, the last one first, so that a prefix outlives its continuation."""
+        """Drop one reference to each block, the last first: a prefix outlives its continuation."""
         for block_id in reversed(block_ids):
             if self._ref_counts[block_id] < 1:
                 raise MetalKVError(
@@ -179,11 +180,12 @@ class SequenceBlocks:
     def append(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Make room for tokens whose rows the next step writes.
 
-        Full blocks become findable at once: run the step before opening another sequence, or put both into it.
+        Full blocks become findable at once: a sequence opened afterwards may read them in the same
+        step or a later one.
 
         Returns:
-            ``(source, destination)`` blocks to copy before that step: a partly filled block shared with a fork is
-            replaced by a copy. Copy them before the pool is used again.
+            ``(source, destination)`` blocks to copy before that step, and before this pool is used
+            again: a partly filled block shared with a fork is replaced by a copy.
 
         Raises:
             OutOfBlocksError: Too few blocks are free; nothing is changed.

@@ -11,11 +11,11 @@ from metal_kv.errors import BlockTableError
 class BlockTable:
     """A preallocated int32 table: one row of block ids per request.
 
-    Everything right of a row's length is 0, the null block, so that any prefix of columns is a table padded as
-    kernels expect it.
+    Everything right of a row's length is 0, the null block, so that any prefix of columns is a table
+    padded as kernels expect it.
 
-    Invariants (``tests/test_block_table.py``): the table equals a list of lists under any schedule of changes;
-    columns beyond a row's length are 0.
+    Invariants (``tests/test_block_table.py``): the table equals a list of lists under any schedule of
+    changes; columns beyond a row's length are 0.
 
     Args:
         max_reqs: Rows.
@@ -101,8 +101,8 @@ class BlockTable:
             rows: The rows in step order, or a number ``n`` for the first ``n`` rows.
 
         Returns:
-            For a number, a view that later changes write through: build the step before changing the table.
-            For a list of rows, a copy.
+            A view of the table when the rows follow one another, else a copy. A view shows later changes:
+            build the step before changing the table.
         """
         if isinstance(rows, int):
             if not 0 <= rows <= self.max_reqs:
@@ -111,12 +111,15 @@ class BlockTable:
                 )
             return self._table[:rows, : self._widest(self._num_blocks[:rows])]
         indices = np.asarray(rows, np.intp)
-        if indices.size and not (0 <= indices.min() and indices.max() < self.max_reqs):
+        if indices.size and (indices.min() < 0 or indices.max() >= self.max_reqs):
             raise BlockTableError(
                 f"[BlockTable.rows] expected rows in 0..{self.max_reqs - 1}, got {indices.tolist()}. "
                 "Pass rows that were added."
             )
-        return self._table[:, : self._widest(self._num_blocks[indices])].take(indices, axis=0)
+        table = self._table[:, : self._widest(self._num_blocks[indices])]
+        if indices.size and np.all(np.diff(indices) == 1):
+            return table[indices[0] : indices[-1] + 1]
+        return table[indices]
 
     @staticmethod
     def _widest(num_blocks: np.ndarray) -> int:

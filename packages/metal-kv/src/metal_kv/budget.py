@@ -133,7 +133,7 @@ class MemoryBudget:
         goal = f"one request of {max_model_len} tokens" if max_model_len else "one block of tokens"
         raise NotEnoughMemoryError(
             f"Paged attention: not enough Metal memory for KV cache. {self._shares()}. "
-            f"Needed for {goal}: {needed} bytes ({_gigabytes(needed)}), per_block_bytes={self.per_block_bytes}. "
+            f"Needed for {goal}: {_gigabytes(needed)}, per_block_bytes={self.per_block_bytes}. "
             f"Mitigations (any one is enough): {'; '.join(remedies)}."
         )
 

@@ -16,8 +16,8 @@ class CacheGroup:
     Attributes:
         layer_names: Names of the layers, unique in the model.
         spec: What every layer of the group keeps, or one spec for each layer (same block size).
-        kernel_block_size: Tokens per block as kernels see them, when smaller than the block size in which memory
-            is allocated; every allocated block is then several consecutive kernel blocks, the bytes are the same.
+        kernel_block_size: Tokens per block as kernels see them, when smaller than the block size in which
+            memory is allocated; an allocated block is then several consecutive kernel blocks.
     """
 
     layer_names: tuple[str, ...]
@@ -27,8 +27,8 @@ class CacheGroup:
     def __post_init__(self) -> None:
         if not self.layer_names or len(self.specs) != len(self.layer_names):
             raise SpecError(
-                f"[CacheGroup] expected one spec, or one for each of at least one layer, got {len(self.specs)} specs "
-                f"for {len(self.layer_names)} layers. Name every layer of the group once."
+                f"[CacheGroup] expected one spec, or one for each of at least one layer, got "
+                f"{len(self.specs)} specs for {len(self.layer_names)} layers. Name each layer once."
             )
         sizes = {spec.block_size for spec in self.specs}
         if len(sizes) > 1:
@@ -42,13 +42,13 @@ class CacheGroup:
     def _check_kernel_block_size(self, kernel_block_size: int) -> None:
         if kernel_block_size < 1 or self.block_size % kernel_block_size:
             raise SpecError(
-                f"[CacheGroup] expected a kernel_block_size that divides {self.block_size}, got {kernel_block_size}. "
-                "Choose a divisor of the block size."
+                f"[CacheGroup] expected a kernel_block_size that divides {self.block_size}, "
+                f"got {kernel_block_size}. Choose a divisor of the block size."
             )
         if not all(isinstance(spec, AttentionSpec | LatentSpec) for spec in self.specs):
             raise SpecError(
-                f"[CacheGroup] expected no kernel_block_size for states, which cannot be cut, got {kernel_block_size}. "
-                "Leave it out for recurrent layers."
+                f"[CacheGroup] expected no kernel_block_size for states, as they cannot be cut, "
+                f"got {kernel_block_size}. Leave it out for recurrent layers."
             )
 
     @property
@@ -93,14 +93,19 @@ def slab_page_sizes(groups: Sequence[CacheGroup]) -> tuple[int, ...]:
     owners: list[str] = []
     for group in groups:
         for index, (name, spec) in enumerate(zip(group.layer_names, group.specs, strict=True)):
+            if spec.page_size_bytes % 4:
+                raise SpecError(
+                    f"[CacheLayout] expected pages of a multiple of 4 bytes, got {spec.page_size_bytes} "
+                    f"for layer {name!r}. Use an even block size or a padded page."
+                )
             if index == len(sizes):
                 sizes.append(spec.page_size_bytes)
                 owners.append(name)
             elif sizes[index] != spec.page_size_bytes:
                 raise SpecError(
-                    f"[CacheLayout] expected pages of {sizes[index]} bytes (layer {owners[index]!r} of the same slab), "
-                    f"got {spec.page_size_bytes} bytes for layer {name!r}. "
-                    "Scale the block size of one group, or pad its recurrent states, until the pages are equal."
+                    f"[CacheLayout] expected pages of {sizes[index]} bytes as layer {owners[index]!r} of "
+                    f"the same slab has, got {spec.page_size_bytes} bytes for layer {name!r}. "
+                    "Scale the block size of one group, or pad its recurrent states, until they are equal."
                 )
     return tuple(sizes)
 
@@ -137,8 +142,8 @@ class CacheLayout:
         """Lay ``num_blocks`` blocks, the null block included, out for ``groups``.
 
         Raises:
-            SpecError: No group, a layer named twice, pages of different bytes in a slab, or a number of blocks
-                that holds no data or that 32-bit slots cannot address.
+            SpecError: No group, a layer named twice, pages of different bytes in a slab, or a number of
+                blocks that holds no data or that 32-bit slots cannot address.
         """
         groups = tuple(groups)
         names = [name for group in groups for name in group.layer_names]

@@ -1,15 +1,19 @@
 """The arrays that hold cached rows, and their layers' access to them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import mlx.core as mx
 from jaxtyping import Float
-from metal_kernels import copy_blocks, paged_attention, reshape_and_cache, target
 
+from metal_kernels import copy_blocks, paged_attention, reshape_and_cache, target
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
 from metal_kv.layout import CacheLayout, LayerPlace
 from metal_kv.spec import AttentionSpec, KVCacheSpec
+
+_Result = TypeVar("_Result")
 
 
 def _view(array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -20,43 +24,30 @@ def _view(array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 class _Slab:
-    """One allocation of ``num_blocks`` pages: the only owner of its array.
+    """One allocation of pages: the only owner of its array.
 
-    MLX writes an array in place only while nothing else refers to it, so ``update`` lets go of the array before the
-    write is built, and an array that was read since is evaluated first where layers of several groups take turns.
+    MLX writes an array in place only if nothing else refers to it once the write is evaluated. So the
+    slab keeps the newest array only, and on CPU, where layers of several groups take turns on one slab
+    within a step, it evaluates the reads of the one before it lets the next one write.
     """
 
-    def __init__(self, num_blocks: int, shape: tuple[int, ...], dtype: mx.Dtype, shared: bool) -> None:
-        self._num_blocks = num_blocks
-        self._array: mx.array | None = mx.zeros(shape, dtype)
+    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype, *, shared: bool) -> None:
+        self.array = mx.zeros(shape, dtype)
         self._shared = shared and target() == "cpu"
         self._reads: list[mx.array] = []
-
-    @property
-    def array(self) -> mx.array:
-        """The array in the form of the layer that wrote last."""
-        if self._array is None:
-            raise MetalKVError(
-                "[KVCachePool] expected a cache array, got none: an earlier write failed while it was being built. "
-                "Make a new pool."
-            )
-        return self._array
 
     def view(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         return _view(self.array, shape, dtype)
 
-    def update(self, shape: tuple[int, ...], dtype: mx.Dtype, write: Callable[[mx.array], mx.array]) -> None:
+    def rewrite(
+        self, shape: tuple[int, ...], dtype: mx.Dtype, write: Callable[[mx.array], tuple[mx.array, _Result]]
+    ) -> _Result:
+        """Replace the array by the first thing that ``write`` makes of its view; return the second."""
         if self._reads:
             mx.eval(self._reads)
             self._reads.clear()
-        array = self.view(shape, dtype)
-        self._array = None
-        # One reference stays here while ``write`` builds its part of the graph; it goes before anything is evaluated.
-        try:
-            self._array = write(array)
-        finally:
-            if self._array is None:
-                self._array = array
+        self.array, result = write(self.view(shape, dtype))
+        return result
 
     def note_read(self, output: mx.array) -> None:
         """Remember that ``output`` reads the array, by a scalar with a buffer of its own."""
@@ -115,17 +106,13 @@ class LayerCache:
                 f"[LayerCache.write] expected keys and values of shape {expected} for layer {self.name!r}, "
                 f"got {key.shape} and {value.shape}. The layer's spec must match its model."
             )
-        order_tokens = []
-
-        def write(kv_cache: mx.array) -> mx.array:
-            kv_cache, order_token = reshape_and_cache(
+        return self._slab.rewrite(
+            self._shape,
+            spec.dtype,
+            lambda kv_cache: reshape_and_cache(
                 key.astype(spec.dtype), value.astype(spec.dtype), kv_cache, metadata.slot_mapping
-            )
-            order_tokens.append(order_token)
-            return kv_cache
-
-        self.update(write)
-        return order_tokens[0]
+            ),
+        )
 
     def attend(
         self,
@@ -138,7 +125,7 @@ class LayerCache:
         sliding_window: int | None = None,
         order_token: mx.array | None = None,
     ) -> Float[mx.array, "tokens q_heads head_size"]:
-        """Return attention of a step's rows over the cached context of their requests, their own rows included.
+        """Return attention of a step's rows over the cached context of their requests, themselves included.
 
         Args:
             query: Queries, rotated.
@@ -170,13 +157,14 @@ class LayerCache:
             write: Takes ``kv_cache`` and returns an array of the same shape and dtype built from it; it keeps
                 no reference to what it was given, so that MLX can write in place.
         """
-        self._slab.update(self._shape, self.spec.page_dtype, write)
+        self._slab.rewrite(self._shape, self.spec.page_dtype, lambda pages: (write(pages), None))
 
     def _attention_spec(self, operation: str) -> AttentionSpec:
         if not isinstance(self.spec, AttentionSpec):
             raise MetalKVError(
-                f"[LayerCache.{operation}] expected a layer with keys and values, got {type(self.spec).__name__} for "
-                f"layer {self.name!r}. Use kv_cache and update for latent rows and states."
+                f"[LayerCache.{operation}] expected a layer with keys and values, got "
+                f"{type(self.spec).__name__} for layer {self.name!r}. "
+                "Use kv_cache and update for latent rows and states."
             )
         return self.spec
 
@@ -186,8 +174,8 @@ class KVCachePool:
 
     Each slab is one array; the layers that share it see the same bytes, each in the shape of its own spec.
 
-    Invariants (``tests/test_pool.py``): a written row is read back until its block is reused; a write never copies a
-    slab when each step is evaluated before the next is built; the null block stays zero.
+    Invariants (``tests/test_pool.py``): a written row is read back until its block is reused; a write never
+    copies a slab when each step is evaluated before the next is built; the null block stays zero.
 
     Args:
         layout: Which layers lie where; every slab is allocated, zeroed and evaluated here.
@@ -200,7 +188,6 @@ class KVCachePool:
         users = [place.slab for place in places.values()]
         self._slabs = [
             _Slab(
-                layout.num_blocks,
                 first[slab].view_shape,
                 first[slab].spec.page_dtype,
                 shared=users.count(slab) > 1,
@@ -241,8 +228,8 @@ class KVCachePool:
         """Copy whole blocks over all slabs, ``(source, destination)`` each; evaluated before it returns.
 
         Raises:
-            MetalKVError: A block outside the pool, a destination that is the null block, named twice or itself a
-                source.
+            MetalKVError: A block outside the pool, or a destination that is the null block, named twice or
+                itself a source.
         """
         if pairs:
             self._check_pairs(pairs)
@@ -261,7 +248,9 @@ class KVCachePool:
     def _check_pairs(self, pairs: Sequence[tuple[int, int]]) -> None:
         sources, destinations = zip(*pairs, strict=True)
         num_blocks = self.layout.num_blocks
-        if not (0 <= min(sources) <= max(sources) < num_blocks and 1 <= min(destinations) <= max(destinations) < num_blocks):
+        if not (
+            0 <= min(sources) <= max(sources) < num_blocks and 1 <= min(destinations) <= max(destinations) < num_blocks
+        ):
             raise MetalKVError(
                 f"[KVCachePool.copy_blocks] expected sources in 0..{num_blocks - 1} and destinations in "
                 f"1..{num_blocks - 1}, got {list(pairs)}. Pass ids of the allocator of this pool."
@@ -273,13 +262,11 @@ class KVCachePool:
             )
 
     def _copy(self, sources: mx.array, destinations: mx.array) -> None:
+        mx.eval(self.arrays())
+        mx.synchronize()  # a step in flight may still write in place
         for slab, page_size in zip(self._slabs, self.layout.page_sizes, strict=True):
-            dtype = next(dtype for dtype in (mx.uint32, mx.uint16, mx.uint8) if page_size % (2 * dtype.size) == 0)
+            # Only the bytes count; kernels know floating-point pages.
+            dtype = mx.float32 if page_size % 8 == 0 else mx.float16
             shape = (self.layout.num_blocks, 2, 1, 1, page_size // (2 * dtype.size))
-
-            def write(pages: mx.array) -> mx.array:
-                return copy_blocks(pages, sources, destinations)[0]
-
-            mx.eval(slab.pending())
-            slab.update(shape, dtype, write)
-            mx.eval(slab.array)
+            copy = partial(copy_blocks, src_blocks=sources, dst_blocks=destinations)
+            mx.eval(slab.rewrite(shape, dtype, copy), slab.array)

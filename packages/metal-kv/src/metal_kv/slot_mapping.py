@@ -18,7 +18,8 @@ def token_positions(
     query_lens = np.diff(query_start_loc)
     first_minus_row = seq_lens - query_lens - query_start_loc[:-1]
     rows = np.arange(query_start_loc[-1], dtype=np.int32)
-    return (rows + np.repeat(first_minus_row, query_lens)).astype(np.int32, copy=False)
+    positions: np.ndarray = rows + np.repeat(first_minus_row, query_lens)
+    return positions
 
 
 def slot_mapping(
@@ -29,7 +30,7 @@ def slot_mapping(
 ) -> Int32[np.ndarray, "tokens"]:
     """Return the cache slot of every row of a step: ``block_id * block_size + offset``.
 
-    A row whose block is the null block gets slot -1, which cache writes skip: the null block never holds data.
+    A row whose block is the null block gets slot -1, which cache writes skip.
 
     Args:
         query_start_loc: First row of every request, then the number of rows.
@@ -49,4 +50,6 @@ def slot_mapping(
         )
     requests = np.repeat(np.arange(block_table.shape[0]), np.diff(query_start_loc))
     block_ids = block_table[requests, blocks]
-    return np.where(block_ids == 0, np.int32(-1), block_ids * np.int32(block_size) + offsets)
+    slots: np.ndarray = block_ids * np.int32(block_size) + offsets
+    slots[block_ids == 0] = -1
+    return slots

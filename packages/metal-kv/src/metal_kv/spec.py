@@ -72,8 +72,9 @@ class AttentionSpec(KVCacheSpec):
         _require_positive(type(self).__name__, num_kv_heads=self.num_kv_heads, head_size=self.head_size)
         if self.head_size_v not in (None, self.head_size):
             raise SpecError(
-                f"[{type(self).__name__}] expected head_size_v equal to head_size, got head_size={self.head_size} "
-                f"and head_size_v={self.head_size_v}. Pages hold keys and values of one size; "
+                f"[{type(self).__name__}] expected head_size_v equal to head_size, got "
+                f"head_size={self.head_size} and head_size_v={self.head_size_v}. "
+                "Pages hold keys and values of one size; "
                 "a model whose values are narrower must pad them to the head size of its keys."
             )
         object.__setattr__(self, "head_size_v", self.head_size)
@@ -115,7 +116,7 @@ class SlidingWindowSpec(AttentionSpec):
         return self.sliding_window
 
     def max_blocks_per_request(self, num_tokens: int, max_in_flight_tokens: int = 0) -> int:
-        """Blocks of the window plus the tokens in flight, plus one because a window seldom starts on a block."""
+        """Blocks of the window and the tokens in flight, plus one: a window seldom starts on a block."""
         live_tokens = min(self.sliding_window - 1 + max_in_flight_tokens, num_tokens)
         return math.ceil(live_tokens / self.block_size) + 1
 
@@ -164,8 +165,9 @@ class RecurrentStateSpec(KVCacheSpec):
         super().__post_init__()
         if not self.shapes or len(self.shapes) != len(self.dtypes):
             raise SpecError(
-                f"[RecurrentStateSpec] expected one dtype for each of at least one shape, got {len(self.shapes)} "
-                f"shapes and {len(self.dtypes)} dtypes. Name every array of the layer's state."
+                f"[RecurrentStateSpec] expected one dtype for each of at least one shape, got "
+                f"{len(self.shapes)} shapes and {len(self.dtypes)} dtypes. "
+                "Name every array of the layer's state."
             )
         for shape in self.shapes:
             _require_positive("RecurrentStateSpec", size=math.prod(shape))
@@ -179,9 +181,7 @@ class RecurrentStateSpec(KVCacheSpec):
     @property
     def state_bytes(self) -> tuple[int, ...]:
         """Bytes of each array of the state."""
-        return tuple(
-            math.prod(shape) * dtype.size for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-        )
+        return tuple(math.prod(shape) * dtype.size for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     @property
     def page_size_bytes(self) -> int:
@@ -222,7 +222,7 @@ class RecurrentStateSpec(KVCacheSpec):
         return tuple(states)
 
     def pack(self, states: Sequence[mx.array]) -> mx.array:
-        """Return the page rows ``[blocks, words]`` of ``states``: the inverse of ``unpack``; padding is zero."""
+        """Return the page rows ``[blocks, words]`` of ``states``, padded with zeros: undoes ``unpack``."""
         if len(states) != len(self.shapes):
             raise SpecError(
                 f"[RecurrentStateSpec.pack] expected {len(self.shapes)} arrays, got {len(states)}. "
