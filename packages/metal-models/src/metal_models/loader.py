@@ -8,19 +8,21 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import load_model
 
-from metal_models import interception, registry
+from metal_models import cpu_layout, interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
 
 
-def load(path: str | Path, *, dtype: mx.Dtype | None = None) -> PagedModel:
+def load(path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: int = 0) -> PagedModel:
     """Load a model and evaluate its parameters.
 
     Args:
         path: A directory in mlx-lm's or Hugging Face's safetensors form (quantised ones
             included), a directory that holds one ``.gguf``, or a ``.gguf`` file.
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
+        expand_to_bytes: For MLX's CPU backend: hold linear and embedding weights in float32, laid out for its
+            matmul, if they take no more than this; see ``cpu_layout``.
 
     Raises:
         UnsupportedModelError: The architecture does not page (known before weights are read).
@@ -28,6 +30,8 @@ def load(path: str | Path, *, dtype: mx.Dtype | None = None) -> PagedModel:
     """
     path = Path(path)
     module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype)
+    if cpu_layout.expanded_nbytes(module) <= expand_to_bytes:
+        cpu_layout.lay_out_for_cpu(module)
     return PagedModel(module, config)
 
 

@@ -36,9 +36,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model from its local directory."""
         start = time.perf_counter()
-        self.model = metal_models.load(
-            self.model_config.model, dtype=kv_cache.to_mlx_dtype(self.model_config.dtype)
-        )
+        dtype = kv_cache.to_mlx_dtype(self.model_config.dtype)
+        expand_to_bytes = memory.expanded_weights_limit(self.target, dtype)
+        self.model = metal_models.load(self.model_config.model, dtype=dtype, expand_to_bytes=expand_to_bytes)
         logger.info(
             "Loaded %s: %.2f GB in %.1f s",
             self.model_config.model,
@@ -93,8 +93,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         """Refuse a budget without room for one request of full length, unless vLLM chooses that length."""
         in_flight = self.vllm_config.max_in_flight_tokens
         chosen_later = (
-            self.model_config.original_max_model_len == -1
-            or self.cache_config.num_gpu_blocks_override is not None
+            self.model_config.original_max_model_len == -1 or self.cache_config.num_gpu_blocks_override is not None
         )
         budget.require(
             None if chosen_later else self.model_config.max_model_len,
@@ -112,9 +111,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             max_reqs=self.config.max_num_reqs,
             max_blocks=[-(-self.model_config.max_model_len // size) + 1 for size in block_sizes],
             sampling=SamplingState(self.config.max_num_reqs, vocab_size, seed=self.model_config.seed),
-            new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(
-                num_prompt_tokens, k, vocab_size, mode
-            ),
+            new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(num_prompt_tokens, k, vocab_size, mode),
         )
         self.runner = ModelRunner(
             self.model,
@@ -143,9 +140,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         """Start a step; see ``ModelRunner.execute_model``."""
         return self.runner.execute_model(scheduler_output)
 
-    def sample_tokens(
-        self, grammar_output: "GrammarOutput | None"
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+    def sample_tokens(self, grammar_output: "GrammarOutput | None") -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample the step that was started."""
         return self.runner.sample_tokens(grammar_output)
 
