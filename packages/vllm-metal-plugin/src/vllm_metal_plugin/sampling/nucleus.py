@@ -94,7 +94,7 @@ class Nucleus(NamedTuple):
         return mx.take_along_axis(token_ids, first, axis=1)
 
 
-def nucleus(weight: Weights, floor: PerRow, top_p: PerRow, *, sort: bool = False) -> Nucleus:
+def nucleus(weight: Weights, total: PerRow, floor: PerRow, top_p: PerRow, *, sort: bool = False) -> Nucleus:
     """Return the smallest set of heaviest tokens whose weight reaches ``top_p`` of the total.
 
     The edge is looked for among the heaviest ``WINDOW`` tokens. A flatter distribution gets a bound that an
@@ -104,11 +104,11 @@ def nucleus(weight: Weights, floor: PerRow, top_p: PerRow, *, sort: bool = False
 
     Args:
         weight: As from ``weights``.
+        total: Weight of the tokens heavier than ``floor``.
         floor: Bound left by min-p and top-k; lighter tokens count for nothing.
         top_p: In (0, 1]; rows at 1 keep everything above ``floor``.
         sort: Find every row's own bound by sorting the vocabulary, which is slow.
     """
-    total = mass_above(weight, floor)
     target = mx.where(top_p < 1.0, top_p * total, float("inf"))
     count = weight.shape[1] if sort else min(WINDOW, weight.shape[1])
     window = top_values(weight, count)

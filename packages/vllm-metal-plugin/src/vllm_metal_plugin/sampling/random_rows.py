@@ -11,11 +11,12 @@ from vllm_metal_plugin.sampling.nucleus import (
     WINDOW,
     edge_bound,
     just_below,
+    mass_above,
     nucleus,
     top_k_bound,
 )
 from vllm_metal_plugin.sampling.step_plan import RandomRows
-from vllm_metal_plugin.sampling.top_values import top_tokens
+from vllm_metal_plugin.sampling.top_values import row_sum, top_tokens
 
 Table = Float[mx.array, "rows vocab"]
 Uniform = Float[mx.array, "rows draws"]
@@ -35,7 +36,7 @@ def draw_narrow(logits: Table, uniform: Uniform, rows: RandomRows, *, exact_logi
         logits: float32.
         uniform: The rows' uniform numbers; the first is used.
         rows: Parameters; ``largest_k`` is at most half of ``WINDOW``, which leaves room for ties.
-        exact_logits: Without meaning here; the reported logits are always exact.
+        exact_logits: As in ``draw_wide``; here the reported logits are exact either way.
     """
     assert rows.top_k is not None
     token_ids = top_tokens(logits, min(WINDOW, logits.shape[1]))
@@ -70,11 +71,12 @@ def draw_wide(logits: Table, uniform: Uniform, rows: RandomRows, *, exact_logits
     bound = mx.zeros_like(uniform[:, :1]) if rows.min_p_floor is None else rows.min_p_floor
     if rows.top_k is not None:
         bound = mx.maximum(bound, top_k_bound(weight, rows.top_k, rows.largest_k))
+    cut = rows.min_p_floor is not None or rows.top_k is not None
     if rows.top_p is None:
-        cut = rows.min_p_floor is not None or rows.top_k is not None
         token_ids = draw(weight * (weight > bound) if cut else weight, uniform[:, :1])
     else:
-        core = nucleus(weight, bound, rows.top_p, sort=exact_logits)
+        total = mass_above(weight, bound) if cut else row_sum(weight)
+        core = nucleus(weight, total, bound, rows.top_p, sort=exact_logits)
         bound = core.bound
         token_ids = core.first_inside(weight, draw(weight * (weight > bound), uniform[:, :NUM_DRAWS]))
     scaled = logits if rows.inverse_temperature is None else logits * rows.inverse_temperature

@@ -115,9 +115,7 @@ class RecentTokens:
     def append(self, slots: Int32[mx.array, "reqs"], token_ids: Int32[mx.array, "reqs"]) -> None:
         """Shift one more emitted token into each of these rows (lazily)."""
         shifted = mx.concatenate([self._window[slots][:, 1:], token_ids[:, None]], axis=1)
-        window = self._window
-        window[slots] = shifted
-        self._window = window
+        self._window[slots] = shifted
 
     def rows(self, slots: Int32[mx.array, "reqs"]) -> Int32[mx.array, "reqs width"]:
         """Return the windows of these rows, newest token last."""
