@@ -38,6 +38,13 @@ def test_refuses_parameters(params: SamplingParams | PoolingParams, word: str) -
         check_request(TOKENS, params)
 
 
+@pytest.mark.parametrize("token_ids", [[1, -1], [10]])
+def test_refuses_tokens_outside_the_vocabulary(token_ids: list[int]) -> None:
+    check_request({"type": "token", "prompt_token_ids": [0, 9]}, SamplingParams(), 10)
+    with pytest.raises(UnsupportedRequestError, match="from 0 to 9"):
+        check_request({"type": "token", "prompt_token_ids": token_ids}, SamplingParams(), 10)
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

@@ -1,5 +1,6 @@
 """A scheduler's step as MLX work: state update, inputs, forward, sampling, output."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,14 +51,16 @@ class ModelRunner:
         *,
         block_sizes: Sequence[int],
         wait_before_dispatch: bool,
+        debug: bool = False,
     ) -> None:
-        """Take the parts; ``block_sizes`` has one entry for each cache group."""
+        """Take the parts; ``block_sizes`` has one entry for each cache group, ``debug`` logs every step."""
         self._model = model
         self._pool = pool
         self._batch = batch
         self._sampler = sampler
         self._block_sizes = tuple(block_sizes)
         self._wait_before_dispatch = wait_before_dispatch
+        self._debug = debug
         self._pending: PendingStep | FailedStepOutput | None = None
         self._in_flight: list[mx.array] = []
 
@@ -75,6 +78,7 @@ class ModelRunner:
             req_ids = list(scheduler_output.num_scheduled_tokens)
             logger.exception("A step failed; its %d requests end with an error", len(req_ids))
             self._pending = FailedStepOutput.for_requests(req_ids)
+            self._in_flight = []
         return None
 
     def sample_tokens(
@@ -97,6 +101,7 @@ class ModelRunner:
         mx.eval(self._in_flight, self._pool.arrays())
 
     def _forward(self, scheduler_output: "SchedulerOutput") -> PendingStep:
+        start = time.perf_counter()
         if scheduler_output.new_block_ids_to_zero:
             self._pool.zero_blocks(scheduler_output.new_block_ids_to_zero)
         if scheduler_output.kv_cache_block_copies:
@@ -108,6 +113,15 @@ class ModelRunner:
             logits = self._model.compute_logits(hidden[mx.array(inputs.logits_indices)])
         prompts = score_prompts(self._batch, inputs, hidden, self._model.compute_logits)
         self._dispatch([hidden if logits is None else logits], [*self._pool.arrays(), *prompts.pieces])
+        if self._debug:
+            logger.info(
+                "Step of %d rows, %d requests, %d emit; longest context %d; %.2f ms to dispatch",
+                inputs.query_start_loc[-1],
+                len(inputs.rows),
+                inputs.emits.sum(),
+                inputs.seq_lens.max(),
+                1e3 * (time.perf_counter() - start),
+            )
         return PendingStep(inputs, logits, prompts)
 
     def _dispatch(self, results: list[mx.array], cache: list[mx.array]) -> None:

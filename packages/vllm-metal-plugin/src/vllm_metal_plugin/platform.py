@@ -29,6 +29,7 @@ class MetalPlatform(Platform):  # type: ignore[misc]
     device_control_env_var = "VLLM_METAL_VISIBLE_DEVICES"
     simple_compile_backend = "eager"
     supported_quantization: list[str] = []  # noqa: RUF012  the base class declares it so
+    _vocab_size: int | None = None
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -114,7 +115,7 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         """Refuse a request that the runner cannot compute; the client gets HTTP 400 with the reason."""
         from vllm_metal_plugin.request_checks import check_request
 
-        check_request(processed_inputs, params)
+        check_request(processed_inputs, params, cls._vocab_size)
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig") -> None:
@@ -135,9 +136,11 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         check_config(vllm_config, envs)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         vllm_config.compilation_config.mode = CompilationMode.NONE
-        multimodal = vllm_config.model_config and vllm_config.model_config.multimodal_config
-        if multimodal:
-            multimodal.mm_device_do_normalize = False
+        model = vllm_config.model_config
+        if model is not None:
+            cls._vocab_size = model.get_vocab_size()
+            if model.multimodal_config is not None:
+                model.multimodal_config.mm_device_do_normalize = False
         parallel = vllm_config.parallel_config
         if parallel.worker_cls != "auto":
             return

@@ -7,7 +7,7 @@ from vllm_metal_plugin.errors import UnsupportedRequestError
 MAX_N = 256
 
 
-def check_request(processed_inputs: Any, params: Any) -> None:
+def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = None) -> None:
     """Raise when the runner could not compute the request.
 
     This is the only gate: past it, an exception would reach requests that share its step.
@@ -15,6 +15,7 @@ def check_request(processed_inputs: Any, params: Any) -> None:
     Args:
         processed_inputs: vLLM's ``EngineInput``, a dictionary whose ``type`` says what the prompt is.
         params: ``SamplingParams`` or ``PoolingParams``.
+        vocab_size: Rows of the model's embedding, None when no model is configured.
 
     Raises:
         UnsupportedRequestError: Names the parameter; vLLM answers HTTP 400 with the text.
@@ -27,6 +28,13 @@ def check_request(processed_inputs: Any, params: Any) -> None:
     if not isinstance(params, SamplingParams):
         _refuse("sampling parameters", type(params).__name__, "This server generates text; it does not pool.")
     _check_sampling(params)
+    token_ids = processed_inputs["prompt_token_ids"]
+    if token_ids and vocab_size is not None and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        _refuse(
+            f"prompt token ids from 0 to {vocab_size - 1}",
+            f"ids from {min(token_ids)} to {max(token_ids)}",
+            "Tokenise with this model's tokenizer.",
+        )
 
 
 def _check_sampling(params: Any) -> None:

@@ -120,6 +120,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             Sampler(vocab_size, mode),
             block_sizes=block_sizes,
             wait_before_dispatch=self.target == "cpu",
+            debug=self.config.envs.debug,
         )
 
     def update_max_model_len(self, max_model_len: int) -> None:
