@@ -80,7 +80,7 @@ def test_a_server_that_ignores_ranges_starts_over(hub, tiny, scheme):
 
 @BOTH
 def test_a_stalled_body_is_given_up_and_continued(hub, tiny, scheme):
-    hub.fail(Fault("/storage/", "stall", after=1_000_000, seconds=8))
+    hub.fail(Fault("/storage/", "stall", after=1_000_000, seconds=8.0))
     started = time.monotonic()
     assert_whole(resolve(ref(scheme)))
     assert time.monotonic() - started < 30
@@ -187,13 +187,13 @@ def test_a_hub_that_is_briefly_unavailable(hub, tiny, scheme):
 
 @BOTH
 def test_a_listing_that_hangs_is_asked_again(hub, tiny, scheme):
-    hub.fail(Fault(LISTING[scheme], "hang", seconds=8))
+    hub.fail(Fault(LISTING[scheme], "hang", seconds=8.0))
     assert_whole(resolve(ref(scheme)))
 
 
 @BOTH
 def test_data_that_hang_are_asked_again(hub, tiny, scheme):
-    hub.fail(Fault("/storage/", "hang", seconds=8))
+    hub.fail(Fault("/storage/", "hang", seconds=8.0))
     assert_whole(resolve(ref(scheme)))
 
 
@@ -225,7 +225,7 @@ def test_a_hub_that_refuses_connections(hub, tiny, monkeypatch, scheme):
 
 @BOTH
 def test_a_pull_that_was_killed_goes_on_where_it_was(hub, tiny, scheme):
-    hub.fail(Fault("/storage/", "stall", after=2_000_000, seconds=60))
+    hub.fail(Fault("/storage/", "stall", after=2_000_000, seconds=60.0))
     child = subprocess.Popen(
         [sys.executable, "-c", f"from vllm_metal_hub import resolve; resolve('{ref(scheme)}')"],
         env={**os.environ, "VLLM_METAL_HUB_TIMEOUT": "50"},
@@ -251,7 +251,7 @@ def part_bytes():
 
 @BOTH
 def test_two_processes_pull_once(hub, tiny, scheme):
-    hub.fail(Fault("/storage/", "stall", after=1_000_000, seconds=2))
+    hub.fail(Fault("/storage/", "stall", after=1_000_000, seconds=2.0))
     program = f"from vllm_metal_hub import resolve; print(resolve('{ref(scheme)}').path)"
     env = {**os.environ, "VLLM_METAL_HUB_TIMEOUT": "10"}
     children = [

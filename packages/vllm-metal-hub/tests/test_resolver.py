@@ -29,9 +29,13 @@ def test_a_complete_hugging_face_snapshot(hf_cache):
         assert (snapshot.path, snapshot.commit, snapshot.source) == (path, COMMIT, "huggingface")
 
 
-def test_a_snapshot_without_a_kept_listing(hf_cache):
+def test_a_snapshot_without_a_kept_listing_is_used_when_no_hub_answers(hf_cache, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("VLLM_METAL_HUB_RETRIES", "1")
     path = hf_cache("owner/name", COMMIT, FILES, listing=False)
-    assert resolve("owner/name").path == path
+    hub.close()
+    snapshot = resolve("owner/name")
+    assert (snapshot.path, snapshot.check) == (path, "unverified")
 
 
 def test_one_gguf_file_is_what_the_loader_gets(hf_cache):

@@ -2,11 +2,12 @@
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _CHUNK = 1 << 22
 
 
+@runtime_checkable
 class Hash(Protocol):
     """What hashlib's objects have."""
 

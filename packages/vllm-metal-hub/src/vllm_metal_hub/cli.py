@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_doctor(commands)
+    _add_models(commands)
     return parser
 
 
@@ -70,6 +71,56 @@ def _demo(options: argparse.Namespace) -> int:
     prompt = options.prompt or PROMPT
     timeout_s = float(options.timeout)
     return run_demo(DemoOptions(options.model, prompt, options.keep, options.port, options.max_tokens, timeout_s))
+
+
+def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
+    from vllm_metal_hub import commands as run
+
+    pull = _model_command(commands, "pull", run.pull, "fetch a model and print its local path")
+    pull.add_argument("--update", action="store_true", help="ask the hub again for a branch that was pulled before")
+    pull.add_argument("--json", action="store_true", help="for scripts")
+    _add_source(pull)
+    _model_command(commands, "path", run.path, "print the local path of a model, without the network")
+    _model_command(commands, "rm", run.remove, "remove a model from this machine")
+
+    listing = commands.add_parser("list", help="the models on this machine")
+    listing.add_argument("--json", action="store_true", help="for scripts")
+    listing.set_defaults(command=run.list_models)
+
+    verify = commands.add_parser("verify", help="compare models with what was pulled, byte for byte")
+    verify.add_argument("ref", nargs="?", metavar="REF", help="owner/name (default: every model)")
+    verify.add_argument("--revision", metavar="REV")
+    verify.add_argument("--quick", action="store_true", help="hash only files whose size or time changed")
+    verify.add_argument("--repair", action="store_true", help="fetch what differs")
+    verify.add_argument("--json", action="store_true", help="for scripts")
+    verify.set_defaults(command=run.verify)
+
+    export = _model_command(commands, "export", run.export, "write one archive for machines without network")
+    export.add_argument("archive", metavar="FILE.tar")
+    taken = commands.add_parser("import", help="take in an archive of export, or name a local directory")
+    taken.add_argument("what", metavar="FILE.tar|DIR")
+    taken.add_argument("--as", dest="name", metavar="REF", help="the name of a directory's model: owner/name")
+    taken.set_defaults(command=run.import_model)
+
+    execute = commands.add_parser("exec", help="run a command with every model id replaced by a local path")
+    _add_source(execute)
+    execute.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
+    execute.set_defaults(command=run.execute, revision=None, update=False)
+
+
+def _model_command(
+    commands: "Commands[argparse.ArgumentParser]", name: str, command: Command, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("ref", metavar="REF", help="owner/name, hf://…, ms://…, then :QUANT and @revision")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", metavar="HUB[,HUB]", help="huggingface, modelscope, or both in order")
+    parser.add_argument("--offline", action="store_true", help="do not use the network")
 
 
 def _add_doctor(commands: "Commands[argparse.ArgumentParser]") -> None:

@@ -126,7 +126,8 @@ class _Resolution:
                 seen.append(str(error))
         raise OfflineError(
             f"[model] expected {self.ref.label}@{revision_of(self.ref.revision)} on this machine, since "
-            f"HF_HUB_OFFLINE is set, got: {'; '.join(seen)}. Where there is a network, run: vllm-metal pull {self.ref.text}"
+            f"HF_HUB_OFFLINE is set, got: {'; '.join(seen)}. "
+            f"Where there is a network, run: vllm-metal pull {self.ref.text}"
         )
 
     def _from_hubs(self) -> LocalSnapshot:
@@ -138,14 +139,26 @@ class _Resolution:
                 failures.append(error)
                 if len(self.settings.sources) > 1:
                     self.on_event({"event": "note", "text": f"{source}: {error}"})
-        pinned, _ = self._pulled_before() if self.settings.update == "check" else (None, "")
-        if pinned is not None:
+        fallback = self._without_hubs() if all(isinstance(f, NetworkError) for f in failures) else None
+        if fallback is not None:
             self.on_event({"event": "note", "text": f"{failures[-1]} Using the copy pulled before."})
-            return pinned
+            return fallback
         if len(failures) == 1:
             raise failures[0]
         kind = NotFoundError if all(isinstance(f, NotFoundError) for f in failures) else NetworkError
         raise kind(" | ".join(str(failure) for failure in failures))
+
+    def _without_hubs(self) -> LocalSnapshot | None:
+        """What there is when no hub answers and the user did not insist on an update."""
+        if self.settings.update == "always":
+            return None
+        pinned, _ = self._pulled_before()
+        if pinned is not None:
+            return pinned
+        for source in self.settings.sources:
+            with contextlib.suppress(HubError):
+                return adoption.adopt_unverified(source, self.ref, self.settings)
+        return None
 
     def _from_hub(self, source: Source) -> LocalSnapshot:
         path = manifest_path(self.settings.home, source, self.ref)

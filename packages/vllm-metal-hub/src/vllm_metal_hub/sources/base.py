@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from vllm_metal_hub.snapshot import FileEntry
@@ -36,6 +36,7 @@ class ByteStream:
     chunks: Iterator[bytes]
 
 
+@runtime_checkable
 class Hub(Protocol):
     """One hub. Both calls raise TransientError, or a HubError that no retry would cure."""
 
