@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_lm.generate import generate_step
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.layout import CacheGroup, CacheLayout
 from metal_kv.pool import KVCachePool
+from metal_kv.spec import KVCacheSpec
 from metal_models import PagedModel
 from metal_models.registry import build
 
@@ -80,17 +82,12 @@ class Server:
 
     def __init__(self, model: PagedModel, num_blocks: int = 256) -> None:
         self.model = model
-        groups: dict[Any, list[str]] = {}
-        for name, spec in model.kv_cache_specs(BLOCK_SIZE).items():
-            groups.setdefault(spec, []).append(name)
-        self.groups = [CacheGroup(tuple(names), spec) for spec, names in groups.items()]
+        self.groups = _groups(model.kv_cache_specs(BLOCK_SIZE))
         self.pool = KVCachePool(CacheLayout.from_groups(self.groups, num_blocks))
         self.free = list(range(1, num_blocks))
         random.Random(7).shuffle(self.free)
 
-    def request(
-        self, tokens: Sequence[int], shares: Request | None = None, shared_tokens: int = 0
-    ) -> Request:
+    def request(self, tokens: Sequence[int], shares: Request | None = None, shared_tokens: int = 0) -> Request:
         """Start a request, reading the first blocks of another one's cache if asked to."""
         blocks = [[] for _ in self.groups]
         if shares is not None:
@@ -123,9 +120,29 @@ class Server:
         return hidden
 
 
+def _groups(specs: dict[str, KVCacheSpec]) -> list[CacheGroup]:
+    """Put layers of one window into one group, or all layers where pages of different bytes cannot share slabs."""
+    by_window: dict[Any, dict[str, KVCacheSpec]] = {}
+    for name, spec in specs.items():
+        by_window.setdefault(spec.window, {})[name] = spec
+    if len({spec.page_size_bytes for spec in specs.values()}) > 1:
+        by_window = {None: specs}
+    return [CacheGroup(tuple(layers), tuple(layers.values())) for layers in by_window.values()]
+
+
 def _table(tables: list[list[int]]) -> np.ndarray:
     width = max(len(table) for table in tables)
     return np.array([table + [0] * (width - len(table)) for table in tables], np.int32)
+
+
+def serve_mixed(server: Server, requests: Sequence[Request], new_tokens: int, chunk: int) -> None:
+    """Let requests join one by one, prefill in chunks beside others' decode rows, and leave when done."""
+    waiting, running = list(requests), []
+    while waiting or running:
+        if waiting:
+            running.append(waiting.pop(0))
+        server.step([(request, min(chunk, len(request.tokens) - request.computed)) for request in running])
+        running = [request for request in running if len(request.logprobs) < new_tokens]
 
 
 def mlx_lm_tokens(model: PagedModel, prompt: Sequence[int], count: int) -> tuple[list[int], np.ndarray]:
@@ -140,3 +157,16 @@ def mlx_lm_tokens(model: PagedModel, prompt: Sequence[int], count: int) -> tuple
 def prompts(vocab_size: int, lengths: Sequence[int] = (3, 13, 22)) -> list[list[int]]:
     source = random.Random(3)
     return [[source.randrange(1, vocab_size) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture
+def lab() -> SimpleNamespace:
+    """What tests of generation share: test modules cannot import this file."""
+    return SimpleNamespace(
+        Server=Server,
+        block_size=BLOCK_SIZE,
+        mlx_lm_tokens=mlx_lm_tokens,
+        prompts=prompts,
+        read_config=read_config,
+        serve_mixed=serve_mixed,
+    )

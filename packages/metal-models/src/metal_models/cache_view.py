@@ -102,11 +102,10 @@ class CacheView:
         """Let go of the step's rows."""
         self.keys = self.values = None
 
-    def narrowest(self, mask: object) -> int | None:
-        """Return the window of a call: the mask's, the layer's, or the smaller of the two."""
+    def window_of(self, mask: object) -> int | None:
+        """Return the window of a call: what the mask asks for, else what the layer's own cache would keep."""
         asked = mask.window if isinstance(mask, PagedMask) else None
-        windows = [window for window in (asked, self.window) if window is not None]
-        return min(windows) if windows else None
+        return asked or self.window
 
     def attend(
         self,
@@ -175,7 +174,7 @@ class PagedView(CacheView):
             scale=scale,
             soft_cap=soft_cap,
             sinks=sinks,
-            sliding_window=self.narrowest(mask),
+            sliding_window=self.window_of(mask),
             order_token=self._order_token,
         )
         if self._value_padding:
@@ -186,4 +185,4 @@ class PagedView(CacheView):
 def _rows(array: mx.array, padding: int) -> mx.array:
     """Drop the length axis of ``[tokens, heads, 1, size]`` and widen the last axis by ``padding`` zeros."""
     rows = array.squeeze(2)
-    return mx.pad(rows, ((0, 0), (0, 0), (0, padding))) if padding else rows
+    return mx.pad(rows, [(0, 0), (0, 0), (0, padding)]) if padding else rows

@@ -44,7 +44,7 @@ class PagedModel:
         self.vocab_size = self._trace.vocab_size
         self.hidden_size = self._trace.hidden_size
         self.dtype = self._trace.dtype
-        self.nbytes = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+        self.nbytes = sum(array.nbytes for _, array in _leaves(module))
         self._step = Step()
         self._pool: KVCachePool | None = None
 
@@ -93,6 +93,11 @@ class PagedModel:
                 cache = pool.layer(_layer_name(index))
                 PagedView(self._step, window, cache, layer.key_size, layer.value_size)
         self._pool = pool
+
+
+def _leaves(module: nn.Module) -> Sequence[tuple[str, mx.array]]:
+    leaves: Any = tree_flatten(module.parameters())
+    return list(leaves)
 
 
 def _layer_name(index: int) -> str:

@@ -1,6 +1,7 @@
 """Which model class an architecture loads with, and whether it runs over the paged cache."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import mlx.nn as nn
@@ -14,6 +15,13 @@ from metal_models.tracing import trace
 # mlx-lm's model file -> our module with the same two names, Model and ModelArgs.
 _ADAPTERS = {
     "gemma2": "metal_models.adapters.gemma2",
+    "gpt_bigcode": "metal_models.adapters.gpt_bigcode",
+    "stablelm": "metal_models.adapters.stablelm",
+}
+
+# Families whose code would run over the paged cache but compute something else: model file -> reason.
+_REFUSED = {
+    "afm7": "its last layers take their positions from the length of another layer's cache",
 }
 
 
@@ -23,7 +31,7 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     Suits ``mlx_lm.utils.load_model(get_model_classes=…)``.
 
     Raises:
-        UnsupportedModelError: mlx-lm has no such architecture.
+        UnsupportedModelError: mlx-lm has no such architecture, or it is known not to page.
     """
     architecture = architecture_of(config)
     interception.install()
@@ -33,7 +41,10 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
         raise UnsupportedModelError(architecture, "mlx-lm has no model of that type") from error
     except SystemExit as error:  # how a model file says that it misses a package
         raise UnsupportedModelError(architecture, "its code needs a package that is not installed") from error
-    adapter = _ADAPTERS.get(classes[0].__module__.rpartition(".")[2])
+    file = classes[0].__module__.rpartition(".")[2]
+    if file in _REFUSED:
+        raise UnsupportedModelError(architecture, _REFUSED[file])
+    adapter = _ADAPTERS.get(file)
     if adapter is None:
         return classes
     module = importlib.import_module(adapter)
@@ -62,8 +73,9 @@ def build(config: dict[str, Any]) -> nn.Module:
     """
     architecture = architecture_of(config)
     model_class, args_class = model_classes(config)
+    make: Callable[[Any], nn.Module] = model_class
     try:
-        model: nn.Module = model_class(args_class.from_dict(config))
+        model = make(args_class.from_dict(config))
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise MetalModelsError(
             f"[load] expected a complete config for {architecture!r}, got {type(error).__name__}: {error}. "

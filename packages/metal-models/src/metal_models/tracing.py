@@ -20,6 +20,13 @@ _CACHES = {
     "ChunkedKVCache": "attends within chunks",
 }
 
+# What a model trips over -> what it wanted.
+_MEANINGS = {
+    "PagedMask": "a layer computes attention from the mask itself instead of calling the shared function",
+    "Only length-1 arrays": "a layer needs one position for all rows of a step",
+    "No Metal back-end": "a layer needs a kernel that exists for Metal only",
+}
+
 
 @dataclass(frozen=True)
 class LayerTrace:
@@ -84,7 +91,7 @@ class _NotingView(CacheView):
         soft_cap: float | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        self.reads.append(self.narrowest(mask))
+        self.reads.append(self.window_of(mask))
         _, values = self.keys_and_values()
         return mx.zeros((*queries.shape[:3], values.shape[-1]), queries.dtype)
 
@@ -115,7 +122,7 @@ def trace(model: nn.Module, split: HeadSplit, architecture: str) -> ModelTrace:
         layers = tuple(view.note() for view in views)
         logits = split.logits(hidden)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise UnsupportedModelError(architecture, _first_line(error)) from error
+        raise UnsupportedModelError(architecture, _reason(error)) from error
     if not any(layers):
         raise UnsupportedModelError(architecture, "no layer stores keys and values")
     return ModelTrace(layers, windows, hidden.shape[-1], hidden.dtype, logits.shape[-1])
@@ -133,5 +140,7 @@ def _window(cache: Any) -> int | None:
     raise TypeError(f"a layer {_CACHES.get(kind, 'needs a cache of its own kind')} ({kind})")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    """Say in one clause what an exception out of a model's code means."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return next((reason for part, reason in _MEANINGS.items() if part in line), line)

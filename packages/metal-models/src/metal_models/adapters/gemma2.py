@@ -11,26 +11,30 @@ from metal_models.cache_view import CacheView
 __all__ = ["Model", "ModelArgs"]
 
 
-class Attention(gemma2.Attention):  # type: ignore[misc]
+class Attention(gemma2.Attention):
     """Gemma 2's attention, with its cap handed to the paged cache."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Attend from rows ``[tokens, 1, hidden]``."""
+        output: mx.array
         if not isinstance(cache, CacheView):
-            return super().__call__(x, mask, cache)
+            output = super().__call__(x, mask, cache)
+            return output
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         queries = self.q_proj(x).reshape(heads).transpose(0, 2, 1, 3)
         keys = self.k_proj(x).reshape(heads).transpose(0, 2, 1, 3)
         values = self.v_proj(x).reshape(heads).transpose(0, 2, 1, 3)
-        queries = self.rope(queries, offset=cache.offset)
-        keys = self.rope(keys, offset=cache.offset)
+        rope: Any = self.rope
+        queries = rope(queries, offset=cache.offset)
+        keys = rope(keys, offset=cache.offset)
         cache.update_and_fetch(keys, values)
         out = cache.attend(queries, scale=self.scale, mask=mask, soft_cap=self.attn_logit_softcapping)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        output = self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return output
 
 
-class Model(gemma2.Model):  # type: ignore[misc]
+class Model(gemma2.Model):
     """mlx-lm's Gemma 2 with the attention above; parameters have the same names."""
 
     def __init__(self, args: ModelArgs) -> None:

@@ -1,0 +1,127 @@
+"""Ragged batches over a paged cache generate what mlx-lm generates one prompt at a time."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_kv.spec import FullAttentionSpec, SlidingWindowSpec
+from metal_models import PagedModel
+
+NEW_TOKENS = 6
+
+# One or more per way of attending, positioning, routing and wrapping.
+FAMILIES = [
+    "llama", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3n", "gemma4", "ministral3", "mistral3",
+    "olmo2", "cohere", "cohere2", "starcoder2", "stablelm", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "phixtral",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "mimo_v2_flash", "iquestloopcoder",
+    "qwen3_vl", "smollm3", "nanochat",
+]  # fmt: skip
+
+# The other families that run, for the nightly sessions.
+MORE_FAMILIES = [
+    "Klear", "afmoe", "apertus", "bailing_moe", "dbrx", "deepseek", "dots1", "ernie4_5", "ernie4_5_moe", "exaone",
+    "exaone4", "exaone_moe", "gemma3", "gemma4_text", "glm", "glm4", "glm4_moe", "gptj", "granitemoe", "helium",
+    "hunyuan", "hunyuan_v1_dense", "internlm2", "internlm3", "laguna", "lille-130m", "llama4_text", "mellum", "mimo",
+    "minicpm", "minicpm3", "minimax", "muse_glimmer", "nanbeige", "nemotron", "nemotron-nas", "olmo3", "openelm",
+    "phi", "phimoe", "pixtral", "qwen", "qwen2_vl", "qwen3_vl_moe", "seed_oss", "solar_open", "spark2_5", "step3p5",
+    "talkie", "telechat3", "youtu_llm",
+]  # fmt: skip
+
+
+def check(lab: SimpleNamespace, model: PagedModel, requests: Sequence[Any], texts: Sequence[Sequence[int]]) -> None:
+    """Compare tokens and log-probabilities with mlx-lm's own generation."""
+    for request, prompt in zip(requests, texts, strict=True):
+        tokens, logprobs = lab.mlx_lm_tokens(model, prompt, NEW_TOKENS)
+        assert request.tokens[len(prompt) :] == tokens
+        np.testing.assert_allclose(np.stack(request.logprobs), logprobs, rtol=1e-4, atol=1e-4)
+
+
+def check_family(lab: SimpleNamespace, model: PagedModel, chunk: int = 5) -> None:
+    texts = lab.prompts(model.vocab_size)
+    server = lab.Server(model)
+    requests = [server.request(text) for text in texts]
+    lab.serve_mixed(server, requests, NEW_TOKENS, chunk)
+    check(lab, model, requests, texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batches_and_chunked_prefill(family: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    check_family(lab, tiny(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_mixed_batches_and_chunked_prefill_of_every_family(
+    family: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace
+) -> None:
+    check_family(lab, tiny(family))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "qwen3_moe", "gpt_oss"])
+def test_quantised_weights(family: str, bits: int, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    check_family(lab, tiny(family, bits=bits))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_every_way_of_cutting_a_prompt(
+    family: str, chunk: int, tiny: Callable[..., PagedModel], lab: SimpleNamespace
+) -> None:
+    check_family(lab, tiny(family), chunk)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_requests_read_blocks_they_share(family: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    model = tiny(family)
+    first, other = lab.prompts(model.vocab_size, (18, 9))
+    shared = 4 * lab.block_size
+    second = first[:shared] + other
+    server = lab.Server(model)
+    requests = [server.request(first)]
+    server.step([(requests[0], len(first))])
+    requests.append(server.request(second, shares=requests[0], shared_tokens=shared))
+    lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
+    check(lab, model, requests, [first, second])
+
+
+def test_a_later_pool_starts_empty(tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    model = tiny("llama")
+    for _ in range(2):
+        check_family(lab, model, chunk=8)
+
+
+def test_specs_follow_the_layers(tiny: Callable[..., PagedModel]) -> None:
+    full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=mx.float32)
+    sliding = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=mx.float32, sliding_window=8)
+    names = [f"layers.{index}.attn" for index in range(4)]
+    assert tiny("llama").kv_cache_specs(16) == dict.fromkeys(names, full)
+    assert tiny("gemma3_text").kv_cache_specs(16) == dict(zip(names, [sliding, full] * 2, strict=True))
+
+
+def test_layers_that_share_a_cache_have_no_spec(tiny: Callable[..., PagedModel]) -> None:
+    assert list(tiny("gemma4").kv_cache_specs(16)) == ["layers.0.attn", "layers.1.attn"]
+
+
+def test_narrow_values_are_stored_at_the_width_of_keys(tiny: Callable[..., PagedModel]) -> None:
+    assert {spec.head_size for spec in tiny("deepseek_v2").kv_cache_specs(16).values()} == {24}
+
+
+def test_attributes(tiny: Callable[..., PagedModel]) -> None:
+    model = tiny("llama")
+    assert (model.vocab_size, model.hidden_size, model.dtype) == (128, 64, mx.float32)
+    assert model.nbytes == 4 * (2 * 128 * 64 + 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64) + 64)
+
+
+def test_half_precision_stays_half_precision(tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    module = tiny("llama").module
+    module.set_dtype(mx.bfloat16)
+    model = PagedModel(module, {"model_type": "llama"})
+    server = lab.Server(model)
+    hidden = server.step([(server.request([5, 6, 7]), 3)])
+    assert hidden.dtype == mx.bfloat16
+    assert model.compute_logits(hidden).shape == (3, 128)

@@ -1,0 +1,79 @@
+"""Which architectures run, and why the others do not."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+from metal_models import MetalModelsError, UnsupportedModelError, supported
+from metal_models.registry import build, model_classes
+
+REFUSED = [
+    ("afm7", "positions from the length"),
+    ("deepseek_v3", "computes attention from the mask itself"),
+    ("falcon_h1", "needs several caches"),
+    ("jamba", "recurrent or convolution state"),
+    ("llama4", "attends within chunks"),
+    ("mamba", "recurrent or convolution state"),
+    ("phi3small", "computes attention from the mask itself"),
+    ("plamo", "changes its keys after caching"),
+    ("qwen3_next", "recurrent or convolution state"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gemma4", "qwen3_vl"])
+def test_supported(family: str, lab: SimpleNamespace) -> None:
+    supported(lab.read_config(family))
+
+
+@pytest.mark.parametrize(("family", "reason"), REFUSED)
+def test_refused_with_the_reason(family: str, reason: str, lab: SimpleNamespace) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        supported(lab.read_config(family))
+    assert caught.value.architecture == family
+    assert repr(family) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rope_scaling", [{"type": "dynamic", "factor": 2.0}, {"type": "linear", "factor": 2.0}], ids=lambda s: s["type"]
+)
+def test_rotary_embeddings_that_depend_on_one_length_are_refused(
+    rope_scaling: dict[str, Any], lab: SimpleNamespace
+) -> None:
+    config = lab.read_config("internlm2") | {"rope_scaling": rope_scaling}
+    if rope_scaling["type"] == "linear":
+        supported(config)
+        return
+    with pytest.raises(UnsupportedModelError, match="one position for all rows"):
+        supported(config)
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_17'.*no model of that type"):
+        supported({"model_type": "gpt_17"})
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": ""}, {"model_type": None}])
+def test_config_without_architecture(config: dict[str, Any]) -> None:
+    with pytest.raises(MetalModelsError, match="expected a model_type"):
+        supported(config)
+
+
+def test_incomplete_config_names_what_it_lacks() -> None:
+    with pytest.raises(MetalModelsError, match="hidden_size"):
+        supported({"model_type": "llama"})
+
+
+def test_mlx_lms_names_for_other_architectures() -> None:
+    assert model_classes({"model_type": "mistral"}) == (llama.Model, llama.ModelArgs)
+
+
+def test_large_models_are_checked_without_memory(lab: SimpleNamespace) -> None:
+    before = mx.get_active_memory()
+    sizes = {"hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 128, "vocab_size": 200000}
+    config = lab.read_config("llama") | sizes
+    supported(config)
+    build(config)
+    assert mx.get_active_memory() - before < 50_000_000
