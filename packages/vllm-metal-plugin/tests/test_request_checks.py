@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from vllm import PoolingParams, SamplingParams
+from vllm.exceptions import VLLMClientError
 
-from vllm_metal_plugin.errors import UnsupportedRequestError
-from vllm_metal_plugin.request_checks import MAX_N, check_request
+from vllm_metal_plugin.request_checks import MAX_N, UnsupportedRequestError, check_request
 
 TOKENS = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 
@@ -34,8 +34,9 @@ def test_accepts(params: SamplingParams) -> None:
     ],
 )
 def test_refuses_parameters(params: SamplingParams | PoolingParams, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=word) as error:
         check_request(TOKENS, params)
+    assert isinstance(error.value, VLLMClientError)
 
 
 @pytest.mark.parametrize("token_ids", [[1, -1], [10]])

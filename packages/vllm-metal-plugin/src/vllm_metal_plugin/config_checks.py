@@ -41,32 +41,20 @@ def _parallel(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         ("--decode-context-parallel-size", getattr(parallel, "decode_context_parallel_size", 1)),
     ):
         if size > 1:
-            yield (
-                f"expected {option} 1, got {size}. One model runs on one device in this version; drop "
-                "the option."
-            )
+            yield (f"expected {option} 1, got {size}. One model runs on one device in this version; drop the option.")
     if parallel.enable_expert_parallel:
-        yield (
-            "expected no --enable-expert-parallel. One model runs on one device in this version; drop "
-            "the option."
-        )
+        yield ("expected no --enable-expert-parallel. One model runs on one device in this version; drop the option.")
 
 
 def _features(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     if config.kv_transfer_config is not None:
         connector = config.kv_transfer_config.kv_connector
-        yield (
-            f"expected no --kv-transfer-config, got connector {connector}. KV transfer is not "
-            "supported; drop it."
-        )
+        yield (f"expected no --kv-transfer-config, got connector {connector}. KV transfer is not supported; drop it.")
     if config.lora_config is not None:
         yield "expected no --enable-lora. LoRA adapters are not supported in this version; drop the option."
     if config.speculative_config is not None:
         method = config.speculative_config.method
-        yield (
-            f"expected no --speculative-config, got method {method}. It is not supported in this "
-            "version; drop it."
-        )
+        yield (f"expected no --speculative-config, got method {method}. It is not supported in this version; drop it.")
 
 
 def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -79,10 +67,7 @@ def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
             "Pooling models are not supported in this version."
         )
     if model.is_encoder_decoder:
-        yield (
-            f"expected a decoder-only model, got {model.architecture}. Encoder-decoder models are not "
-            "supported."
-        )
+        yield (f"expected a decoder-only model, got {model.architecture}. Encoder-decoder models are not supported.")
     if model.logits_processors:
         yield (
             "expected no --logits-processors. Those classes are torch modules and logits live in MLX; use "
@@ -95,19 +80,13 @@ def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
 def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     load_format = str(config.load_config.load_format)
     if load_format not in LOAD_FORMATS:
-        yield (
-            f"expected --load-format to be one of {', '.join(LOAD_FORMATS)}, got {load_format}. Drop "
-            "the option."
-        )
+        yield (f"expected --load-format to be one of {', '.join(LOAD_FORMATS)}, got {load_format}. Drop the option.")
 
 
 def _cache(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     dtype = str(config.cache_config.cache_dtype)
     if dtype not in ("auto", "float16", "bfloat16", "float32"):
-        yield (
-            f"expected --kv-cache-dtype auto, got {dtype}. A quantised KV cache is not supported in "
-            "this version."
-        )
+        yield (f"expected --kv-cache-dtype auto, got {dtype}. A quantised KV cache is not supported in this version.")
 
 
 CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (

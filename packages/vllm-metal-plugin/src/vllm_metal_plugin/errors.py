@@ -4,10 +4,10 @@
     ├── EnvironmentVariableError   a VLLM_METAL_* variable has a value outside its allowed set
     ├── UnsupportedConfigError     vLLM was asked for something that this plugin does not do
     ├── ModelFilesError            the model's files are missing, damaged or of an unknown architecture
-    └── UnsupportedRequestError    one request asks for something unsupported (HTTP 400)
+    └── UnsupportedRequestError    one request asks for something unsupported (request_checks.py: it needs vLLM)
 
-Only the last one is a ``ValueError``: pydantic would wrap a ``ValueError`` raised while vLLM builds its
-configuration into a report of its own, and the user would have to look for our sentence in it.
+None of the others is a ``ValueError``: pydantic would wrap one raised while vLLM builds its configuration into a
+report of its own, and the user would have to look for our sentence in it.
 """
 
 
@@ -25,7 +25,3 @@ class UnsupportedConfigError(VllmMetalPluginError):
 
 class ModelFilesError(VllmMetalPluginError):
     """The model cannot be served from the files that were found."""
-
-
-class UnsupportedRequestError(VllmMetalPluginError, ValueError):
-    """One request asks for something unsupported; vLLM answers HTTP 400 with the text."""

@@ -94,9 +94,7 @@ class InputBatch:
         if (moved != np.arange(self._max_reqs)).any():
             self.last_token_ids = self.last_token_ids[mx.array(moved)]
 
-    def record_sampled(
-        self, rows: Int32[np.ndarray, "emitting"], token_ids: Int32[mx.array, "emitting"]
-    ) -> None:
+    def record_sampled(self, rows: Int32[np.ndarray, "emitting"], token_ids: Int32[mx.array, "emitting"]) -> None:
         """Remember the tokens just sampled for ``rows`` as the next inputs of these rows."""
         if len(rows) == 0:
             return
@@ -126,9 +124,7 @@ class InputBatch:
                 for table, new_blocks in zip(self.block_tables, blocks, strict=True):
                     table.append_row(row, new_blocks)
 
-    def _resume(
-        self, req_id: str, cached: "CachedRequestData", i: int, moved: Int32[np.ndarray, "max_reqs"]
-    ) -> None:
+    def _resume(self, req_id: str, cached: "CachedRequestData", i: int, moved: Int32[np.ndarray, "max_reqs"]) -> None:
         """Start a preempted request again; the scheduler sends its tokens and all its blocks."""
         request = self._preempted.pop(req_id, None) or self._remove(req_id, moved)
         if request is None:
@@ -155,9 +151,7 @@ class InputBatch:
             for row in range(self.num_reqs):
                 self.block_tables[group].add_row(row, table.row(row).tolist())
 
-    def _add(
-        self, request: RequestState, block_ids: Sequence[Sequence[int]], num_computed_tokens: int
-    ) -> None:
+    def _add(self, request: RequestState, block_ids: Sequence[Sequence[int]], num_computed_tokens: int) -> None:
         row = self.num_reqs
         self.num_reqs += 1
         self.requests.append(request)

@@ -55,9 +55,7 @@ def _heads(spec: Any) -> dict[str, Any]:
     }
 
 
-def to_layout(
-    config: vllm_kv.KVCacheConfig, specs: Mapping[str, metal_kv.KVCacheSpec]
-) -> metal_kv.CacheLayout:
+def to_layout(config: vllm_kv.KVCacheConfig, specs: Mapping[str, metal_kv.KVCacheSpec]) -> metal_kv.CacheLayout:
     """The cache that vLLM planned: its groups, with the block sizes it chose for them.
 
     Args:
@@ -68,18 +66,14 @@ def to_layout(
     return metal_kv.CacheLayout.from_groups(groups, config.num_blocks)
 
 
-def planned_groups(
-    vllm_config: "VllmConfig", specs: Mapping[str, metal_kv.KVCacheSpec]
-) -> list[metal_kv.CacheGroup]:
+def planned_groups(vllm_config: "VllmConfig", specs: Mapping[str, metal_kv.KVCacheSpec]) -> list[metal_kv.CacheGroup]:
     """The groups that vLLM will make of the layers once it knows how much memory there is."""
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     return [_to_group(group, specs) for group in get_kv_cache_groups(vllm_config, to_vllm_specs(specs))]
 
 
-def _to_group(
-    group: vllm_kv.KVCacheGroupSpec, specs: Mapping[str, metal_kv.KVCacheSpec]
-) -> metal_kv.CacheGroup:
+def _to_group(group: vllm_kv.KVCacheGroupSpec, specs: Mapping[str, metal_kv.KVCacheSpec]) -> metal_kv.CacheGroup:
     block_size = group.kv_cache_spec.block_size
     return metal_kv.CacheGroup(
         tuple(group.layer_names),

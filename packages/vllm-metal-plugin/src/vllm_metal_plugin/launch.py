@@ -49,16 +49,12 @@ def prepare(engine_args: Any) -> None:
     tokenizer = engine_args.tokenizer
     if tokenizer is not None:
         engine_args.tokenizer = (
-            path
-            if tokenizer == typed
-            else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
+            path if tokenizer == typed else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
         )
     check_model_files(path)
 
 
-def smaller_batch_defaults(
-    tokens: dict[Any, int], seqs: dict[Any, int]
-) -> tuple[dict[Any, int], dict[Any, int]]:
+def smaller_batch_defaults(tokens: dict[Any, int], seqs: dict[Any, int]) -> tuple[dict[Any, int], dict[Any, int]]:
     """Cap vLLM's defaults, which it derives from memory size as if the device were a data-centre GPU.
 
     On a Mac or a CPU a step of 2,048 prompt tokens already takes long enough to fill the device.

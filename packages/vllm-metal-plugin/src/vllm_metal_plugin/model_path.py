@@ -61,8 +61,7 @@ def _gguf_in(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelFilesError(
-                f"[model] expected a model directory or a .gguf file, got the file {path}. Pass its "
-                "directory."
+                f"[model] expected a model directory or a .gguf file, got the file {path}. Pass its directory."
             )
         return path
     if (path / "config.json").exists():
@@ -70,9 +69,7 @@ def _gguf_in(path: Path) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ModelFilesError(
-            f"[model] expected one .gguf file in {path}, got {names}. Pass the path of one of them."
-        )
+        raise ModelFilesError(f"[model] expected one .gguf file in {path}, got {names}. Pass the path of one of them.")
     return files[0] if files else None
 
 

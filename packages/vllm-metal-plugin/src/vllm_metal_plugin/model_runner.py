@@ -81,9 +81,7 @@ class ModelRunner:
             self._in_flight = []
         return None
 
-    def sample_tokens(
-        self, grammar_output: "GrammarOutput | None"
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+    def sample_tokens(self, grammar_output: "GrammarOutput | None") -> ModelRunnerOutput | AsyncModelRunnerOutput:
         """Sample the pending step lazily."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -139,9 +137,7 @@ class ModelRunner:
             grammar = None
             if grammar_output is not None:
                 emitting = [inputs.req_ids[i] for i in np.flatnonzero(inputs.emits)]
-                grammar = GrammarRows.from_vllm(
-                    grammar_output, {req_id: row for row, req_id in enumerate(emitting)}
-                )
+                grammar = GrammarRows.from_vllm(grammar_output, {req_id: row for row, req_id in enumerate(emitting)})
             sampled = self._sampler(step.logits, rows.tolist(), self._batch.sampling, grammar)
             self._batch.record_sampled(rows, sampled.token_ids)
         output = AsyncStepOutput(inputs.req_ids, inputs.emits, sampled, step.prompts.completed)

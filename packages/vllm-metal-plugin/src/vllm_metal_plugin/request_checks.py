@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from vllm_metal_plugin.errors import UnsupportedRequestError
+from vllm.exceptions import VLLMClientError
+
+from vllm_metal_plugin.errors import VllmMetalPluginError
 
 MAX_N = 256
+
+
+class UnsupportedRequestError(VllmMetalPluginError, VLLMClientError, ValueError):
+    """One request asks for something unsupported.
+
+    vLLM's server turns client errors, and no others, into HTTP 400 with their text.
+    """
 
 
 def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = None) -> None:
@@ -49,9 +58,7 @@ def _check_sampling(params: Any) -> None:
     if params.extra_args:
         unknown = sorted(set(params.extra_args) - {"kv_transfer_params"})
         if unknown:
-            _refuse(
-                "no extra arguments (vllm_xargs)", ", ".join(unknown), "Drop them: nothing here reads them."
-            )
+            _refuse("no extra arguments (vllm_xargs)", ", ".join(unknown), "Drop them: nothing here reads them.")
         if params.extra_args.get("kv_transfer_params"):
             _refuse("no kv_transfer_params", "some", "This server transfers no KV cache.")
 
