@@ -28,7 +28,5 @@ def test_matmul_is_right_with_whatever_was_found() -> None:
 @LINUX
 def test_says_when_it_comes_too_late() -> None:
     program = "import mlx.core; from metal_kernels.blas import prefer_fast_blas; print(prefer_fast_blas())"
-    printed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.startswith("too late")

@@ -31,10 +31,7 @@ def prefer_fast_blas() -> str:
     if "mlx.core" in sys.modules:
         return "too late: mlx.core was imported before metal_kernels"
     bundled = [
-        str(path)
-        for root in roots
-        for name in _WHEELS_WITH_OPENBLAS
-        for path in (root / name).glob("libopenblas*")
+        str(path) for root in roots for name in _WHEELS_WITH_OPENBLAS for path in (root / name).glob("libopenblas*")
     ]
     for library in ("libopenblas.so.0", *bundled):
         try:
@@ -42,6 +39,4 @@ def prefer_fast_blas() -> str:
         except OSError:
             continue
         return library
-    return (
-        "no OpenBLAS found: install one (Debian, Ubuntu: apt-get install libopenblas0) for fast CPU matmuls"
-    )
+    return "no OpenBLAS found: install one (Debian, Ubuntu: apt-get install libopenblas0) for fast CPU matmuls"

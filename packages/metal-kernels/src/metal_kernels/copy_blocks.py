@@ -1,9 +1,10 @@
-"""Copying whole cache pages."""
+"""Copying whole cache blocks."""
 
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from metal_kernels import reference
+from metal_kernels.checks import require_kv_cache, require_rows
 
 
 def copy_blocks(
@@ -13,15 +14,22 @@ def copy_blocks(
     *,
     order_token: mx.array | None = None,
 ) -> tuple[Float[mx.array, "blocks 2 block_size kv_heads head_size"], mx.array]:
-    """Copy page ``src_blocks[i]`` to page ``dst_blocks[i]``; all sources are read before any is overwritten.
+    """Copy block ``src_blocks[i]`` over block ``dst_blocks[i]``, for every pair at once.
+
+    Every source is read before any destination is written. Destinations differ from each other.
 
     Args:
         kv_cache: Pages of one layer.
-        src_blocks: Pages to read.
-        dst_blocks: Pages to overwrite, no page twice.
-        order_token: What the last write or read of these pages returned; the copy happens after it.
+        src_blocks: Blocks to read.
+        dst_blocks: Blocks to overwrite.
+        order_token: Output of the last write or read of these blocks that must happen first.
 
     Returns:
-        The written pages, which replace ``kv_cache``, and an order token, as ``reshape_and_cache``.
+        The cache to use from now on, and an order token for its readers.
+
+    Raises:
+        MetalKernelsError: There are not as many destinations as sources.
     """
+    require_kv_cache("copy_blocks", kv_cache)
+    require_rows("copy_blocks", "dst_blocks", dst_blocks, src_blocks.shape)
     return reference.copy_blocks(kv_cache, src_blocks, dst_blocks, order_token=order_token)

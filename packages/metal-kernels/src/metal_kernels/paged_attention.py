@@ -1,9 +1,10 @@
-"""Attention of a ragged batch over paged keys and values."""
+"""Attention of a ragged batch over a block table."""
 
 import mlx.core as mx
 from jaxtyping import Float
 
 from metal_kernels import reference
+from metal_kernels.checks import require_kv_cache, require_rows
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.ragged import RaggedBatch
 
@@ -19,25 +20,47 @@ def paged_attention(
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
 ) -> Float[mx.array, "tokens q_heads head_size"]:
-    """Return attention of every row over the cached context of its request, itself included.
+    """Attend each row to the keys of its own request, up to and including its own position.
 
-    A row at position ``p`` sees the keys ``max(0, p - sliding_window + 1) .. p`` of its request. Query heads are
-    grouped: head ``h`` reads key head ``h // (q_heads / kv_heads)``. The softmax is computed in float32. Lazy.
+    The row at position ``p`` sees keys ``max(0, p - sliding_window + 1)`` to ``p``; its own key is already in
+    the cache. Query head ``h`` uses key head ``h // (q_heads // kv_heads)``. The softmax is in float32.
 
     Args:
-        query: Rows in the order of ``batch``.
-        kv_cache: Pages of one layer; ``[:, 0]`` holds keys, ``[:, 1]`` values.
-        batch: Which rows and which pages belong together.
-        scale: Factor of the scores.
-        sliding_window: Positions a row sees, its own included; None for all before it.
-        soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)`` (Gemma 2, arXiv:2408.00118).
-        sinks: One more logit per head that joins the softmax and has no value (arXiv:2309.17453).
-        order_token: What the write before this read returned; the read happens after it.
+        query: Rows of the step, in the batch's order.
+        kv_cache: Pages of one layer.
+        batch: Which rows belong to which request, and the blocks of each.
+        scale: Factor on the scores, usually ``head_size ** -0.5``.
+        sliding_window: Keys a row sees at most, its own included; None for all.
+        soft_cap: Scores ``s`` become ``soft_cap * tanh(s / soft_cap)`` (Gemma 2, arXiv:2408.00118).
+        sinks: One more logit per query head that joins the softmax and has no value (arXiv:2309.17453).
+        order_token: What the write of this step's keys returned.
 
     Raises:
-        MetalKernelsError: Heads, head sizes or rows do not fit together.
+        MetalKernelsError: Shapes, the batch and the cache do not fit together.
     """
-    _check(query, kv_cache, batch, sinks)
+    require_kv_cache("paged_attention", kv_cache)
+    _, _, block_size, kv_heads, head_size = kv_cache.shape
+    q_heads = query.shape[1]
+    require_rows("paged_attention", "query", query, (batch.num_tokens, q_heads, head_size))
+    if q_heads % kv_heads:
+        raise MetalKernelsError(
+            f"[paged_attention] expected a multiple of {kv_heads} query heads, got {q_heads}. "
+            "Each key head serves the same number of query heads."
+        )
+    if batch.max_seq_len > batch.block_table.shape[1] * block_size:
+        raise MetalKernelsError(
+            f"[paged_attention] expected blocks for {batch.max_seq_len} tokens, got a block table of "
+            f"{batch.block_table.shape[1]} blocks of {block_size}. Allocate blocks before building the batch."
+        )
+    if sinks is not None and sinks.shape != (q_heads,):
+        raise MetalKernelsError(
+            f"[paged_attention] expected {q_heads} sinks, got shape {sinks.shape}. Pass one per query head."
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise MetalKernelsError(
+            f"[paged_attention] expected a sliding window of at least 1, got {sliding_window}. "
+            "Pass None for full attention."
+        )
     return reference.paged_attention(
         query,
         kv_cache,
@@ -48,21 +71,3 @@ def paged_attention(
         sinks=sinks,
         order_token=order_token,
     )
-
-
-def _check(query: mx.array, kv_cache: mx.array, batch: RaggedBatch, sinks: mx.array | None) -> None:
-    tokens, q_heads, head_size = query.shape
-    kv_heads = kv_cache.shape[3]
-    if tokens != batch.num_tokens:
-        raise MetalKernelsError(
-            f"[paged_attention] expected {batch.num_tokens} query rows, got {tokens}. Build the batch for this step."
-        )
-    if q_heads % kv_heads or head_size != kv_cache.shape[4]:
-        raise MetalKernelsError(
-            f"[paged_attention] expected query heads in groups over {kv_heads} key heads of size {kv_cache.shape[4]}, "
-            f"got {q_heads} heads of size {head_size}. Reshape the query, or use the layer's own cache."
-        )
-    if sinks is not None and sinks.shape != (q_heads,):
-        raise MetalKernelsError(
-            f"[paged_attention] expected {q_heads} sinks, got shape {sinks.shape}. Pass one per head."
-        )

@@ -1,9 +1,10 @@
-"""Writing new keys and values into cache pages."""
+"""Writing new keys and values into the cache."""
 
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from metal_kernels import reference
+from metal_kernels.checks import require_kv_cache, require_rows
 
 
 def reshape_and_cache(
@@ -12,12 +13,26 @@ def reshape_and_cache(
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     slot_mapping: Int32[mx.array, "tokens"],
 ) -> tuple[Float[mx.array, "blocks 2 block_size kv_heads head_size"], mx.array]:
-    """Write each row's key and value at its slot: page ``slot // block_size``, offset ``slot % block_size``.
+    """Write each token's key and value at its slot.
 
-    Rows with a negative slot are skipped; no two rows may share a slot. Rows are converted to the cache's dtype.
+    The write costs the rows written, not the cache, if ``kv_cache`` is used as :mod:`metal_kernels.reference`
+    says: replace the array you passed by the one returned, and keep no view of it.
+
+    Args:
+        key: New keys, in any float dtype; stored in the cache's.
+        value: New values.
+        kv_cache: Pages of one layer; ``[:, 0]`` are keys, ``[:, 1]`` values.
+        slot_mapping: ``block * block_size + offset`` of each token. Rows with a negative slot are skipped.
+            Slots of one call differ from each other.
 
     Returns:
-        The written pages, which replace ``kv_cache``: keep no other reference to the old array, or MLX copies all
-        of it. And an order token that readers of the pages take as an input.
+        The cache that holds the rows, and an order token: pass it to whatever reads them.
+
+    Raises:
+        MetalKernelsError: A shape does not fit the cache.
     """
+    require_kv_cache("reshape_and_cache", kv_cache)
+    rows = (slot_mapping.size, *kv_cache.shape[3:])
+    require_rows("reshape_and_cache", "key", key, rows)
+    require_rows("reshape_and_cache", "value", value, rows)
     return reference.reshape_and_cache(key, value, kv_cache, slot_mapping)

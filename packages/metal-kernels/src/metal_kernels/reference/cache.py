@@ -23,12 +23,10 @@ def reshape_and_cache(
             return kv_cache, slot_mapping
         rows = mx.array(kept.astype(np.int32))
         key, value, slots = key[rows], value[rows], slots[kept]
-    blocks, offsets = np.divmod(slots, kv_cache.shape[2])
-    block_ids, in_block = mx.array(blocks[:, None]), mx.array(offsets[:, None])
-    # One scatter of both halves: each scatter walks the graph and the buffer's ownership anew.
-    rows_of_both = mx.stack([key, value], axis=1).astype(kv_cache.dtype)
+    blocks, offsets = map(mx.array, np.divmod(slots, kv_cache.shape[2]))
     written = mx.array(kv_cache)
-    written[block_ids, mx.array([[0, 1]]), in_block] = rows_of_both
+    written[blocks, 0, offsets] = key
+    written[blocks, 1, offsets] = value
     return written, slot_mapping
 
 

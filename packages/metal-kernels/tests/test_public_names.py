@@ -1,0 +1,26 @@
+"""The names a user may import; the twins have the same ones and the same signatures."""
+
+import inspect
+
+import pytest
+
+import metal_kernels
+
+
+def test_exported_names():
+    assert sorted(metal_kernels.__all__) == [
+        "MetalKernelsError",
+        "RaggedBatch",
+        "copy_blocks",
+        "gather_kv_cache",
+        "paged_attention",
+        "reference",
+        "reshape_and_cache",
+        "target",
+    ]
+
+
+@pytest.mark.parametrize("name", metal_kernels.reference.__all__)
+def test_twins_have_the_same_signature(name):
+    public, twin = getattr(metal_kernels, name), getattr(metal_kernels.reference, name)
+    assert str(inspect.signature(public)) == str(inspect.signature(twin))
