@@ -9,7 +9,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class GGUFFile:
     tensors: dict[str, TensorEntry]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "GGUFFile":
         """Read the header and check that every tensor lies inside the file.
 
         Raises:

@@ -19,8 +19,9 @@ _WHOLE_WORDS_FIRST = _LLAMA3 | {"tekken"}
 def write_tokenizer(file: GGUFFile, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template.
 
-    They are converted with transformers' own converter, then completed with what that leaves out: single digits as words of their own, words looked up before merges are tried, the
-    tokens put before and after a text, and the context length.
+    They are converted with transformers' own converter, then completed with what that leaves out: single
+    digits as words of their own, words looked up before merges are tried, the tokens put before and after
+    a text, and the context length.
 
     Raises:
         UnsupportedModelError: transformers cannot convert the file's tokenizer.
