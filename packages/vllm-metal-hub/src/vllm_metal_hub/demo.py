@@ -28,7 +28,7 @@ from vllm_metal_hub.server_process import (
     vllm_command,
 )
 from vllm_metal_hub.settings import HubSettings
-from vllm_metal_hub.terminal import StageDisplay
+from vllm_metal_hub.terminal import FlowingText, StageDisplay, seconds_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -147,15 +147,18 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _ask_and_print(server: ServerProcess, name: str, options: DemoOptions, console: Console) -> Answer:
     console.print(f"\n[bold cyan]>[/] {escape(options.prompt)}\n")
     started = time.monotonic()
-    first_s, text, usage = 0.0, [], (0, 0)
+    first_s, text, usage, flow = 0.0, [], (0, 0), FlowingText(console)
     for piece, counts in stream_answer(_client(server.base_url), name, options.prompt, options.max_tokens):
         usage = counts or usage
         if piece:
             first_s = first_s or time.monotonic() - started
             text.append(piece)
-            console.print(piece, end="", markup=False, soft_wrap=True)
+            flow.write(piece)
     total_s = time.monotonic() - started
-    console.print("\n")
+    flow.end()
+    if usage[1] >= options.max_tokens:
+        console.print(f"[dim](cut off after --max-tokens {options.max_tokens})[/]")
+    console.print()
     return Answer("".join(text), usage[0], usage[1], first_s or total_s, total_s)
 
 
@@ -221,7 +224,7 @@ def _result_table(name: str, answer: Answer, server: ServerProcess, device: str)
     table.add_row("model", escape(name))
     table.add_row("device", escape(device))
     table.add_row(
-        "time to first token", f"{answer.first_token_s * 1000:.0f} ms ({answer.prompt_tokens} prompt tokens)"
+        "time to first token", f"{seconds_text(answer.first_token_s)} ({answer.prompt_tokens} prompt tokens)"
     )
     table.add_row("speed", f"{speed:.1f} tokens/s ({answer.tokens} tokens)" if speed else f"{answer.tokens} tokens")
     if log.kv_cache_tokens is not None:

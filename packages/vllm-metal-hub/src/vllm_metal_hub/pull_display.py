@@ -40,7 +40,8 @@ class PullDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event of the fetching process."""

@@ -22,6 +22,8 @@ _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRI
 _CAUSE = re.compile(
     r"^((?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*|(?:vllm serve: |vllm: )?error: .*)"
 )
+# Banners, and other libraries' warnings.
+_NOISE = re.compile(r"[█▄▀]|^[IW]\d{4} [\d:.]+ |^Route: |ulimit")
 # Wrappers that say only that something else went wrong before.
 _WRAPPER = re.compile(r"Engine core initialization failed|EngineDeadError|See root cause above|WorkerProc|SystemExit")
 
@@ -65,7 +67,7 @@ class ServerLog:
             return own[-1]
         return causes[-1] if causes else (self.tail[-1] if self.tail else "it printed nothing")
 
-    def last_lines(self, count: int = 12) -> list[str]:
+    def last_lines(self, count: int = 8) -> list[str]:
         """The last lines worth showing: no frames of a traceback, no blank or repeated lines."""
         lines = [line for line in self.tail if not line.startswith((" ", "\t", "Traceback ("))]
-        return list(dict.fromkeys(lines))[-count:]
+        return [line[:300] for line in dict.fromkeys(lines) if not _NOISE.search(line)][-count:]

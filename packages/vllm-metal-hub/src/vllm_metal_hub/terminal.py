@@ -31,7 +31,8 @@ class StageDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     @property
     def elapsed_s(self) -> float:
@@ -47,6 +48,46 @@ class StageDisplay:
             self._progress.update(self._task, stage=stage)
         else:
             self._console.print(f"  {self.elapsed_s:5.1f} s  {stage}", highlight=False)
+
+
+class FlowingText:
+    """Prints text piece by piece as it comes; on a terminal, lines break between words."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._word = ""
+        self._column = 0
+
+    def write(self, piece: str) -> None:
+        """Print a piece; on a terminal its last word waits until it is complete."""
+        if not self._console.is_terminal:
+            self._print(piece)
+            return
+        for character in piece:
+            if character.isspace():
+                self._end_word(character)
+            else:
+                self._word += character
+
+    def end(self) -> None:
+        """Print what still waits."""
+        self._end_word("\n")
+
+    def _end_word(self, space: str) -> None:
+        if self._column and self._column + len(self._word) > self._console.width:
+            self._print("\n")
+            self._column = 0
+        self._print(self._word + space)
+        self._column = 0 if space == "\n" else self._column + len(self._word) + 1
+        self._word = ""
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration as people write it: 85 ms, 2.1 s."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def bytes_text(count: int | float) -> str:
