@@ -1,6 +1,7 @@
 """mlx-lm keeps working as before; paged views attend."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
 mx.random.seed(0)
 model = llama.Model(llama.ModelArgs.from_dict(json.loads(sys.argv[1])))
-print([int(t) for t, _ in generate_step(mx.arange(9), model, max_tokens=12)])
+print([int(t) for t, _ in generate_step(mx.arange(9), model, max_tokens=6)])
 assert "metal_models" not in sys.modules
 """
 
@@ -71,12 +72,22 @@ def test_quantised_caches_attend_as_before() -> None:
     np.testing.assert_allclose(np.array(got), np.array(expected), atol=0.05)
 
 
+@pytest.mark.slow
 def test_generation_is_that_of_a_process_without_this_package() -> None:
     plain = subprocess.run([sys.executable, "-c", PLAIN, json.dumps(ARGS)], capture_output=True, text=True, check=True)
     mx.random.seed(0)
     model: nn.Module = llama.Model(llama.ModelArgs.from_dict(ARGS))
-    tokens = [int(token) for token, _ in generate_step(mx.arange(9), model, max_tokens=12)]
+    tokens = [int(token) for token, _ in generate_step(mx.arange(9), model, max_tokens=6)]
     assert tokens == json.loads(plain.stdout)
+
+
+def test_generation_over_plain_caches_is_that_of_whole_sequences() -> None:
+    model: nn.Module = llama.Model(llama.ModelArgs.from_dict(ARGS))
+    tokens = list(range(9))
+    generated = [int(token) for token, _ in generate_step(mx.array(tokens), model, max_tokens=6)]
+    for _ in range(6):
+        tokens.append(int(model(mx.array([tokens]))[0, -1].argmax()))
+    assert generated == tokens[9:]
 
 
 def test_a_mask_of_the_models_own_is_refused() -> None:

@@ -1,6 +1,5 @@
 """A GGUF file as one of mlx-lm's models, quantised where the file is."""
 
-import importlib
 import logging
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from metal_models.gguf.blocks import AFFINE_FORMATS, GROUP_SIZE
 from metal_models.gguf.config import config_of, default_dtype, open_gguf
 from metal_models.gguf.file import GGUFFile
 from metal_models.gguf.tensors import read_dense, read_quantized
+from metal_models.registry import build
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def load_gguf(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Modul
     if dtype not in _DTYPE_NAMES:
         raise MetalModelsError(f"[load_gguf] expected float16, bfloat16 or float32, got {dtype}.")
     config["torch_dtype"] = _DTYPE_NAMES[dtype]
-    module = importlib.import_module(f"mlx_lm.models.{architecture.model_type}")
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    model = build(config)
     places = {name: _place(file, name, architecture) for name in file.tensors if name not in _CONFIG_TENSORS}
     if hasattr(model, "sanitize"):
         # Some models drop a tied output layer only when they see that no file has it.
