@@ -45,6 +45,7 @@ class Request:
     source: Source
     revision: str | None = None
     only_list: bool = False
+    small: bool = False
     same_weights: tuple[str, ...] = ()
     adopt: tuple[str, ...] = ()
 
@@ -78,7 +79,7 @@ def _exit_with_parent() -> None:
 
 def fetch(request: Request, settings: HubSettings, events: EventWriter) -> dict[str, Any]:
     """List, select, download, verify, publish; return the manifest's path and what was fetched."""
-    ref = parse(request.ref, request.revision)
+    ref = replace(parse(request.ref, request.revision), small=request.small)
     retries = Retries(settings.retries, events.note)
     hub = open_hub(request.source, settings)
     listing = retries.run(
@@ -115,7 +116,7 @@ class _Pull:
         """The files that the loader needs; the safetensors index is read first where there is one."""
         index = next((e for e in self.listing.files if e.path == file_selection.INDEX), None)
         text = None
-        if index is not None and not file_selection.selection_is_gguf(self.ref):
+        if index is not None and not self.ref.small and not file_selection.selection_is_gguf(self.ref):
             scratch = self.settings.home / "indexes" / (index.digest.split(":")[-1] or "index")
             scratch.parent.mkdir(parents=True, exist_ok=True)
             download(index, scratch, lambda at: self._open(index, at), self.retries, lambda count: None)

@@ -53,7 +53,12 @@ def select(ref: ModelRef, entries: Iterable[FileEntry], index_text: str | None =
     """
     listing = tuple(entries)
     check_names(listing)
-    weights = _gguf_files(ref, listing) if selection_is_gguf(ref) else _weights(ref, listing, index_text)
+    if ref.small:
+        weights: list[FileEntry] = []
+    elif selection_is_gguf(ref):
+        weights = _gguf_files(ref, listing)
+    else:
+        weights = _weights(ref, listing, index_text)
     small = [e for e in listing if _is_small(e.path)]
     return tuple(sorted({e.path: e for e in [*small, *weights]}.values(), key=lambda e: e.path))
 
@@ -148,3 +153,8 @@ def _gguf_files(ref: ModelRef, listing: tuple[FileEntry, ...]) -> list[FileEntry
 def selection_is_gguf(ref: ModelRef) -> bool:
     """Tell whether a reference names a GGUF file, whatever else the repository holds."""
     return bool(ref.quant or ref.file)
+
+
+def needs_config(ref: ModelRef, files: Iterable[FileEntry]) -> bool:
+    """Tell whether a loader of these files wants a config.json: a GGUF file carries its own."""
+    return not ref.small and not any(entry.path.endswith(".gguf") for entry in files)

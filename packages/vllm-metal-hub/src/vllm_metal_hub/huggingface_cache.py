@@ -83,7 +83,7 @@ def _needed(ref: ModelRef, path: Path, listing: tuple[FileEntry, ...] | None) ->
             return files, f"{entry.path} has {sizes[entry.path]:,} bytes instead of {entry.size:,}"
     if listing is None and file_selection.INDEX not in sizes and _first_of_several(files):
         return files, "its weight index is missing"
-    if not any(entry.path.endswith(".gguf") for entry in files) and not (path / "config.json").is_file():
+    if file_selection.needs_config(ref, files) and not (path / "config.json").is_file():
         return files, "config.json is missing"
     return files, ""
 

@@ -59,7 +59,7 @@ def record(directory: Path, entries: Mapping[str, FileEntry]) -> tuple[Recorded,
 
 def selection_of(ref: ModelRef) -> str:
     """What of a repository a reference means."""
-    return ref.file or (ref.quant or "").upper()
+    return "small-files" if ref.small else ref.file or (ref.quant or "").upper()
 
 
 def revision_of(revision: str | None) -> str:

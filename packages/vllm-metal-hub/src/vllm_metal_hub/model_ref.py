@@ -29,6 +29,7 @@ class ModelRef:
     quant: str | None = None
     file: str | None = None
     path: Path | None = None
+    small: bool = False  # the files beside the weights only: for a tokenizer or a configuration
 
     @property
     def label(self) -> str:

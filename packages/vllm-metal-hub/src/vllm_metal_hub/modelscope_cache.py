@@ -45,7 +45,7 @@ def complete_files(ref: ModelRef, directory: Path) -> tuple[FileEntry, ...]:
     for entry in entries:
         if entry.path.endswith(".safetensors"):
             _check_length(directory / entry.path)
-    if not any(e.path.endswith(".gguf") for e in entries) and not (directory / "config.json").is_file():
+    if file_selection.needs_config(ref, entries) and not (directory / "config.json").is_file():
         raise HubError("config.json is missing")
     return tuple(FileEntry(e.path, e.size, digest_of(directory / e.path, "")) for e in entries)
 

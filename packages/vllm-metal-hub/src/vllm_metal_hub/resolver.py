@@ -33,6 +33,7 @@ def resolve(
     sources: Sequence[Source] | None = None,
     offline: bool | None = None,
     update: Update | None = None,
+    small: bool = False,
     on_event: OnEvent = _silent,
     settings: HubSettings | None = None,
 ) -> LocalSnapshot:
@@ -40,7 +41,8 @@ def resolve(
 
     The order is: a local path; what a parent process resolved; what was pulled before; existing caches of Hugging
     Face and ModelScope, once verified; the hubs, in the order of ``sources``. A branch stays at what was pulled
-    first until ``update`` is "check" or "always". Every argument that is None is the environment's.
+    first until ``update`` is "check" or "always". ``small`` leaves out the weights, for a tokenizer or a
+    configuration. Every argument that is None is the environment's.
 
     Raises:
         HubError: one of its kinds says why there is no snapshot.
@@ -48,16 +50,21 @@ def resolve(
     parsed = parse(ref, revision)
     if parsed.path is not None:
         return _local(parsed)
-    settings = settings or HubSettings.from_env()
+    base = settings or HubSettings.from_env()
     settings = replace(
-        settings,
-        sources=(parsed.source,) if parsed.source else tuple(sources or settings.sources),
-        offline=settings.offline if offline is None else offline,
-        update=update or settings.update,
+        base,
+        sources=(parsed.source,) if parsed.source else tuple(sources or base.sources),
+        offline=base.offline if offline is None else offline,
+        update=update or base.update,
     )
     inherited = _inherited(parsed) if update is None else None
     if inherited is not None:
         return inherited
+    if small:
+        whole, _ = _Resolution(parsed, settings, on_event).pulled_before()
+        if whole is not None:
+            return whole
+        parsed = replace(parsed, small=True)
     snapshot = _Resolution(parsed, settings, on_event).run()
     hand_down(parsed, snapshot)
     return snapshot
@@ -81,7 +88,7 @@ class _Resolution:
     def run(self) -> LocalSnapshot:
         damaged = ""
         if self.settings.update == "never" or self.settings.offline:
-            snapshot, damaged = self._pulled_before()
+            snapshot, damaged = self.pulled_before()
             if snapshot is not None:
                 return snapshot
             snapshot = adoption.adopt_huggingface(self.ref, self.settings) if self._asks("huggingface") else None
@@ -107,7 +114,8 @@ class _Resolution:
             if found is not None:
                 yield path, found
 
-    def _pulled_before(self) -> tuple[LocalSnapshot | None, str]:
+    def pulled_before(self) -> tuple[LocalSnapshot | None, str]:
+        """The snapshot of an earlier pull that is still as it was, or what is wrong with it."""
         damaged = ""
         for path, found in self._manifests(self._order()):
             wrong = manifest.problems(found)
@@ -152,7 +160,7 @@ class _Resolution:
         """What there is when no hub answers and the user did not insist on an update."""
         if self.settings.update == "always":
             return None
-        pinned, _ = self._pulled_before()
+        pinned, _ = self.pulled_before()
         if pinned is not None:
             return pinned
         for source in self.settings.sources:
@@ -187,15 +195,15 @@ class _Resolution:
         other = [s for s in _BOTH if s != source]
         weights = next((m.weight_digests() for _, m in self._manifests(other)), frozenset())
         return Request(
-            f"{self.ref.label}", source, self.ref.revision,
-            same_weights=() if self.ref.source else tuple(sorted(weights)),
+            self.ref.label, source, self.ref.revision, small=self.ref.small,
+            same_weights=() if self.ref.source or self.ref.small else tuple(sorted(weights)),
             adopt=adoption.candidates(source, self.ref, self.settings),
         )  # fmt: skip
 
 
 def _key(ref: ModelRef) -> str:
     scheme = {None: "", "huggingface": "hf://", "modelscope": "ms://"}[ref.source]
-    return f"{scheme}{ref.label}@{revision_of(ref.revision)}"
+    return f"{scheme}{ref.label}@{revision_of(ref.revision)}{'#small' if ref.small else ''}"
 
 
 def _table() -> dict[str, dict[str, str]]:
