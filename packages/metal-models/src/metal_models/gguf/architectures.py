@@ -75,9 +75,7 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 _GEMMA_KEYS = {"sliding_window": "attention.sliding_window"}
 
 ARCHITECTURES = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", _ATTENTION | _MLP, constants=_SILU, interleaved_rope=True
-    ),
+    "llama": Architecture("llama", "LlamaForCausalLM", _ATTENTION | _MLP, constants=_SILU, interleaved_rope=True),
     # Mixtral's files call themselves llama.
     "llama (experts)": Architecture(
         "mixtral",

@@ -185,13 +185,27 @@ class _Header:
     def _string(self) -> str:
         return self._take(int.from_bytes(self._take(8), "little")).decode("utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """Read many strings in one loop: a vocabulary and its merges have hundreds of thousands."""
+        data, at, strings = self._data, self._at, []
+        for _ in range(count):
+            (size,) = struct.unpack_from("<Q", data, at)
+            at += 8 + size
+            if at > len(data):
+                raise struct.error(f"a string up to {at} of {len(data)}")
+            strings.append(data[at - size : at].decode("utf-8"))
+        self._at = at
+        return strings
+
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._number(self._scalar(kind))
         item, count = self._number("<u4"), self._number("<u8")
-        if item in (_STRING, _ARRAY):
+        if item == _STRING:
+            return self._strings(count)
+        if item == _ARRAY:
             return [self._value(item) for _ in range(count)]
         return self._numbers(self._scalar(item), count)
 

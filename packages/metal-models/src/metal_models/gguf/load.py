@@ -153,9 +153,7 @@ def _read(
     stem, _, suffix = name.rpartition(".")
     order = _row_order(stem, architecture, config)
     if quantized and suffix == "weight":
-        return dict(
-            zip(("weight", "scales", "biases"), read_quantized(file, name, dtype, order), strict=True)
-        )
+        return dict(zip(("weight", "scales", "biases"), read_quantized(file, name, dtype, order), strict=True))
     if architecture.norm_offset and stem.endswith("_norm"):
         value = (read_dense(file, name, mx.float32) - architecture.norm_offset).astype(dtype)
     else:
@@ -163,9 +161,7 @@ def _read(
     return {"weight" if suffix == "weight" else "": value}
 
 
-def _row_order(
-    stem: str, architecture: Architecture, config: dict[str, Any]
-) -> Int64[np.ndarray, "rows"] | None:
+def _row_order(stem: str, architecture: Architecture, config: dict[str, Any]) -> Int64[np.ndarray, "rows"] | None:
     """Rows of q or k in mlx-lm's order: the two halves of a head, which llama.cpp interleaves."""
     part = stem.rpartition(".")[2]
     if not architecture.interleaved_rope or part not in ("attn_q", "attn_k"):

@@ -51,9 +51,7 @@ def write_sidecar(gguf_path: str | Path, out_dir: str | Path) -> Path:
 
 def _key(path: Path) -> str:
     status = path.stat()
-    return hashlib.sha256(f"{_LAYOUT}\n{path}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()[
-        :12
-    ]
+    return hashlib.sha256(f"{_LAYOUT}\n{path}\n{status.st_size}\n{status.st_mtime_ns}".encode()).hexdigest()[:12]
 
 
 def _fill(directory: Path, file: GGUFFile) -> None:

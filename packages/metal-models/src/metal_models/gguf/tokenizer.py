@@ -49,9 +49,7 @@ def _set_words(backend: Any, file: GGUFFile) -> None:
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     words = backend.pre_tokenizer
     if pre in _DIGITS_APART:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), words]
-        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     elif isinstance(words, pre_tokenizers.ByteLevel) and pre not in _LIKE_GPT2:
         logger.warning(
             "%s: cutting text into words as GPT-2 does, for want of the rules of %r: some texts may be "
