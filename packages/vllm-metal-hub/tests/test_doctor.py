@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from vllm_metal_hub.doctor_checks import cache_checks, environment_checks, mlx_checks
+from vllm_metal_hub.doctor_hubs import hub_checks
 
 
 def by_name(checks):
@@ -63,3 +64,15 @@ def test_json_for_scripts():
     assert report["ok"] is False
     assert {"group", "name", "status", "found", "advice"} == set(report["checks"][0])
     assert [c["status"] for c in report["checks"] if c["name"] == "VLLM_TARGET_DEVICE"] == ["fail"]
+
+
+def test_hubs_that_answer_and_hubs_that_do_not(hub, monkeypatch):
+    found = by_name(hub_checks())
+    assert "answers in" in found["Hugging Face"].found
+    assert "a mirror that you chose" in found["ModelScope"].found
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert "would not go to" in by_name(hub_checks())["Hugging Face token"].found
+    hub.close()
+    assert by_name(hub_checks())["Hugging Face"].status == "warn"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert [check.found for check in hub_checks()] == ["HF_HUB_OFFLINE is set: no hub is asked"]

@@ -12,7 +12,11 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options, others = parser.parse_known_args(argv)
+    if others and not getattr(options, "passes_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.flags = others  # of vllm serve
     command: Command = options.command
     try:
         return command(options)
@@ -101,6 +105,14 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
     taken.add_argument("what", metavar="FILE.tar|DIR")
     taken.add_argument("--as", dest="name", metavar="REF", help="the name of a directory's model: owner/name")
     taken.set_defaults(command=run.import_model)
+
+    from vllm_metal_hub import serve as serving
+
+    serve = _model_command(commands, "serve", serving.serve, "vllm serve with the flags that suit the model")
+    serve.add_argument("--explain", action="store_true", help="say why each flag is there")
+    serve.add_argument("--dry-run", action="store_true", help="show the command and stop")
+    _add_source(serve)
+    serve.set_defaults(update=False, passes_flags=True)
 
     execute = commands.add_parser("exec", help="run a command with every model id replaced by a local path")
     _add_source(execute)

@@ -16,6 +16,7 @@ from vllm_metal_hub.doctor_checks import (
     system_checks,
     vllm_checks,
 )
+from vllm_metal_hub.doctor_hubs import hub_checks
 
 _MARKS = {"ok": "[green]✓[/]", "warn": "[yellow]![/]", "fail": "[red]✗[/]"}
 _GROUPS: tuple[tuple[str, Callable[[], Iterable[Check]]], ...] = (
@@ -24,6 +25,7 @@ _GROUPS: tuple[tuple[str, Callable[[], Iterable[Check]]], ...] = (
     ("vLLM", vllm_checks),
     ("Environment", environment_checks),
     ("Caches", cache_checks),
+    ("Hubs", hub_checks),
 )
 
 
