@@ -3,10 +3,10 @@
 from .errors import KernelCompileError, KernelFault, SimulatorError, ToolchainError
 from .kernel import SimulatedKernel, metal_kernel
 from .launch import Schedule
-from .options import Settings, settings
+from .options import Settings, set_default_settings, settings
 from .report import FaultKind, Finding
 from .strict_check import METAL_VERSIONS, check
-from .swap import install, installed, uninstall
+from .swap import install, installed, is_installed, uninstall
 from .tokens import Place
 from .unit import Source
 
@@ -16,8 +16,10 @@ __all__ = [
     "install",
     "uninstall",
     "installed",
+    "is_installed",
     "Settings",
     "settings",
+    "set_default_settings",
     "Schedule",
     "check",
     "METAL_VERSIONS",

@@ -37,10 +37,19 @@ class Mode(Enum):
     """How a kernel is compiled: the two differ in what private variables hold before they are written."""
 
     CHECKED = (
-        *["-O1", "-gline-tables-only", "-gdwarf-4", "-ftrivial-auto-var-init=pattern"],
-        *["-fsanitize=thread,array-bounds,integer-divide-by-zero", "-fsanitize-coverage=trace-pc"],
-        *["-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-atomics=0"],
-        *["-mllvm", "-tsan-instrument-read-before-write=1"],
+        "-O1",
+        "-gline-tables-only",
+        "-gdwarf-4",
+        "-ftrivial-auto-var-init=pattern",
+        "-fno-finite-loops",
+        "-fsanitize=thread,array-bounds,integer-divide-by-zero",
+        "-fsanitize-coverage=trace-pc",
+        "-mllvm",
+        "-tsan-instrument-func-entry-exit=0",
+        "-mllvm",
+        "-tsan-instrument-atomics=0",
+        "-mllvm",
+        "-tsan-instrument-read-before-write=1",
     )
     FAST = ("-O2", "-ftrivial-auto-var-init=zero")
 
@@ -153,9 +162,7 @@ def precompiled(flags: tuple[str, ...]) -> Path:
                 *arguments, "-c", "-Xclang", "-emit-pch", str(MSL_HEADERS / "entry.h"), "-o", str(output)
             )
             if done.returncode:
-                raise KernelCompileError(
-                    f"[simulator] the Metal headers do not compile:\n{done.stderr.strip()}"
-                )
+                raise KernelCompileError(f"[simulator] the Metal headers do not compile:\n{done.stderr.strip()}")
             os.replace(output, path)
     return path
 

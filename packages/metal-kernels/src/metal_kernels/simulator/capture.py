@@ -32,7 +32,7 @@ class Generated:
 
 def mlx_include_directory() -> str:
     """Where the installed MLX keeps the headers that its kernels include."""
-    return str(Path(next(iter(sys.modules["mlx"].__path__))) / "include")
+    return str(Path(mx.__file__).parent / "include")
 
 
 def generated_source(
@@ -66,9 +66,7 @@ def generated_source(
         )
     fence = printed.find("```\n")
     if fence < 0:
-        raise SimulatorError(
-            f"[simulator] expected MLX to print the source of '{name}', got: {printed[:200]!r}."
-        )
+        raise SimulatorError(f"[simulator] expected MLX to print the source of '{name}', got: {printed[:200]!r}.")
     text = printed[fence + 4 : printed.rindex("\n```")]
     names = _KERNEL_NAME.findall(text)
     return Generated(names[-1], text, Source(_parts(name, header, body, text), (mlx_include_directory(),)))

@@ -43,9 +43,7 @@ def _collect_instantiation(tokens: TokenList, start: int, program: Program) -> N
     while tokens[i].text == "[[":
         end = tokens.closing(i)
         if tokens[i + 1].text == "host_name":
-            host_name = "".join(
-                tokens[j].text.strip('"') for j in range(i + 2, end) if tokens[j].kind == "string"
-            )
+            host_name = "".join(tokens[j].text.strip('"') for j in range(i + 2, end) if tokens[j].kind == "string")
         i = end + 1
     while tokens[i].text in ("kernel", "void"):
         i += 1
@@ -72,7 +70,8 @@ def collect_kernels(tokens: TokenList, program: Program) -> None:
     for i in tokens.indices():
         if tokens[i].text != "kernel" or in_function(tokens[i].scope):
             continue
-        function = i
+        opening = tokens.enclosing_attribute(i)
+        function = tokens.closing(opening) if opening >= 0 else i
         while tokens[function].text not in ("(", ";", "{", ""):
             function += 1
         if tokens[function].text != "(":
@@ -81,9 +80,7 @@ def collect_kernels(tokens: TokenList, program: Program) -> None:
             program.error(tokens[i].place, "a kernel must return void")
         name = tokens[function - 1].text
         start = _declaration_start(tokens, i)
-        kernel = Kernel(
-            name, read_parameters(tokens, function, program), "template" in tokens.names(start, i)
-        )
+        kernel = Kernel(name, read_parameters(tokens, function, program), "template" in tokens.names(start, i))
         limit = re.search(
             r"max_total_threads_per_threadgroup \( (\d+) \)|max_total_threads_per_threadgroup\((\d+)\)",
             tokens.text(start, function),
@@ -163,16 +160,14 @@ def place_threadgroup_variables(tokens: TokenList, program: Program) -> None:
             continue
         end, element, declarators = declared
         if tokens[i].scope != "kernel":
-            program.error(
-                tokens[i].place, "threadgroup variables can only be declared in a kernel's own body"
-            )
+            program.error(tokens[i].place, "threadgroup variables can only be declared in a kernel's own body")
         parts = []
         for declarator in declarators:
             parts.append(_reference(element, declarator[0], "".join(declarator[1:]), number))
             number += 1
         if tokens[i - 1].text in ("static", "const"):
             tokens[i - 1].text = ""
-        tokens.drop(i, end + 1)
+        tokens.drop(i, end)
         tokens[i].text = " ".join(parts)
 
 
@@ -192,6 +187,9 @@ def _variable(tokens: TokenList, index: int) -> tuple[int, str, list[list[str]]]
     i, depth = index + 1, 0
     while tokens[i].text != ";":
         text = tokens[i].text
+        if text == "=" and depth == 0 and tokens[i + 1].text == "{":
+            i = tokens.closing(i + 1) + 1  # Metal takes an initializer and ignores it
+            continue
         if text in ("", "{", "}", "(", "=") or (depth == 0 and text in ("*", "&")):
             return None
         if text == "[":

@@ -92,7 +92,7 @@ def check_words(tokens: TokenList, program: Program) -> None:
         elif token.text == "static" and in_function(token.scope):
             if not {"constexpr", "constant", "const"} & {tokens[i + 1].text, tokens[i + 2].text}:
                 program.error(token.place, "static local variables do not exist in Metal")
-        elif token.text in ("virtual", "new", "delete") and tokens[i - 1].text not in ("=", "operator"):
+        elif token.text in ("virtual", "new") or (token.text == "delete" and tokens[i - 1].text != "="):
             program.error(token.place, f"'{token.text}' does not exist in Metal")
 
 
@@ -109,11 +109,7 @@ def type_names(tokens: TokenList) -> set[str]:
                 names.add(tokens[i + 1].text)
         elif text == "typedef":
             names |= _typedef_name(tokens, i)
-        elif (
-            text in ("typename", "class")
-            and tokens[i - 1].text in ("<", ",")
-            and tokens[i + 1].kind == "name"
-        ):
+        elif text in ("typename", "class") and tokens[i - 1].text in ("<", ",") and tokens[i + 1].kind == "name":
             names.add(tokens[i + 1].text)
     return names
 
@@ -127,6 +123,16 @@ def _typedef_name(tokens: TokenList, index: int) -> set[str]:
     return {words[-1]} if is_vector and tokens[end - 1].kind == "name" else set()
 
 
+def drop_coherent(tokens: TokenList) -> None:
+    """Drop ``coherent(scope)`` from declarations of device memory."""
+    for i in tokens.indices():
+        if tokens[i].text == "coherent" and tokens[i + 1].text == "(" and tokens[i + 3].text == ")":
+            tokens.drop(i, i + 4)
+        elif tokens[i].text == "coherent" and "device" in (tokens[i + 1].text, tokens[i - 1].text):
+            tokens[i].text = ""
+    tokens.compact()
+
+
 def qualify_constants(tokens: TokenList) -> None:
     """``constant`` implies const; a static member's definition outside its class says nothing new."""
     for i in tokens.indices():
@@ -136,8 +142,11 @@ def qualify_constants(tokens: TokenList) -> None:
             end = i
             while tokens[end].text not in (";", "{", "(", "=", ""):
                 end += 1
+            name = end - 1
+            while tokens[name].text == "]":
+                name = tokens.opening(name) - 1
             # `constant T S<..>::x;`
-            if tokens[end].text == ";" and tokens[end - 2].text == "::":
+            if tokens[end].text == ";" and tokens[name - 1].text == "::":
                 tokens.drop(i, end + 1)
                 continue
         if tokens[i - 1].text not in (")", "const") and tokens[i + 1].text != "const":
@@ -203,12 +212,7 @@ def rewrite_casts(tokens: TokenList, program: Program, names: set[str]) -> None:
                 program.error(tokens[i].place, f"cast to '{tokens.text(i + 2, end)}' needs an address space")
             if text == "static_cast" and not pointer and tokens[i + 2].text != "void":
                 tokens[i].text = "metal::msl_static_cast"
-        elif (
-            text == "("
-            and tokens[i + 1].text in names
-            and tokens[i + 2].text == ")"
-            and _starts_cast(tokens, i)
-        ):
+        elif text == "(" and tokens[i + 1].text in names and tokens[i + 2].text == ")" and _starts_cast(tokens, i):
             tokens[i].text = f"metal::msl_cast_to<{tokens[i + 1].text}>()->*"
             tokens.drop(i + 1, i + 3)
         elif text == "(" and in_function(tokens[i].scope) and tokens[i + 1].kind == "name":
@@ -226,17 +230,11 @@ def _starts_cast(tokens: TokenList, index: int) -> bool:
 
 def _check_pointer_cast(tokens: TokenList, index: int, program: Program) -> None:
     end = tokens.closing(index)
-    if (
-        tokens[end - 1].text != "*"
-        or tokens[index - 1].kind == "name"
-        or tokens[index - 1].text in _VALUE_END
-    ):
+    if tokens[end - 1].text != "*" or tokens[index - 1].kind == "name" or tokens[index - 1].text in _VALUE_END:
         return
-    if all(tokens[j].kind == "name" or tokens[j].text in ("*", "::") for j in range(index + 1, end)):
-        if not _SPACES & set(tokens.names(index, end)):
-            program.error(
-                tokens[index].place, f"cast to '{tokens.text(index + 1, end)}' needs an address space"
-            )
+    is_type = all(tokens[j].kind == "name" or tokens[j].text in ("*", "::") for j in range(index + 1, end))
+    if is_type and not _SPACES & set(tokens.names(index, end)):
+        program.error(tokens[index].place, f"cast to '{tokens.text(index + 1, end)}' needs an address space")
 
 
 def rewrite_constructors(tokens: TokenList, names: set[str]) -> None:
@@ -266,11 +264,18 @@ def _rewrite_named(tokens: TokenList, index: int) -> None:
     name, before = tokens[index].text, tokens[index - 1].text
     executed = in_function(tokens[index].scope) or before in ("=", "(", ",", "return")
     if tokens[index + 1].text == "(" and before != "::":
-        # T (*f)(..) and T (&x)[n] declare.
-        if tokens[index + 2].text not in ("*", "&") and executed:
+        if executed and not _is_declarator(tokens, index + 1):
             tokens[index].text = f"metal::msl_make<{name}>"
     elif in_function(tokens[index].scope) and name in VECTORS and tokens[index + 1].kind == "name":
         _rewrite_variable(tokens, index)
+
+
+def _is_declarator(tokens: TokenList, opening: int) -> bool:
+    """Whether the parentheses are those of ``T (*f)(..)`` or ``T (&x)[n]``."""
+    closes = tokens[opening + 3].text == ")" or (
+        tokens[opening + 1].text in ("*", "&") and tokens[opening + 2].text == ")"
+    )
+    return tokens[opening + 1].text in ("*", "&") and closes and tokens[opening + 4].text in ("(", "[")
 
 
 def _rewrite_variable(tokens: TokenList, index: int) -> None:

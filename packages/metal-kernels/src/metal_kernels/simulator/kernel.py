@@ -10,6 +10,7 @@ import numpy as np
 from .build import Library, Mode, build
 from .capture import MLX_METAL_KERNEL, Generated, generated_source
 from .errors import KernelFault, SimulatorError
+from .kernels import Parameter
 from .launch import Buffer, Schedule, launch
 from .memory import Extent, Memory, Scratch, as_numpy, host_view
 from .options import Settings, current_settings
@@ -122,11 +123,13 @@ class SimulatedKernel:
         chosen = current_settings()
         check(generated.source, chosen.metal_versions)
         version = max(chosen.metal_versions, default=METAL_VERSIONS[-1])
-        kernel = build(generated.source, generated.kernel, Mode.FAST, version)
+        modes = [Mode.CHECKED] * chosen.checked + [Mode.FAST] * bool(chosen.schedules)
+        libraries = {mode: build(generated.source, generated.kernel, mode, version) for mode in modes}
         with Memory([Extent.of(host_view(a)) for a in arrays]) as memory:
-            bound = self._bind(kernel, arrays, call, memory, init_value, chosen)
+            parameters = next(iter(libraries.values())).kernel.parameters
+            bound = self._bind(parameters, arrays, call, memory, init_value, chosen)
             try:
-                outputs, mutated = self._run(bound, generated, kernel, chosen, version)
+                outputs, mutated = self._run(bound, generated, libraries, chosen)
             finally:
                 bound.free()
             memory.write_back(mutated)
@@ -153,14 +156,12 @@ class SimulatedKernel:
         inputs = tuple((a.dtype, a.ndim == 0, a.size < _SMALL) for a in arrays)
         key = repr((inputs, call["output_dtypes"], call["template"]))
         if key not in self._generated:
-            self._generated[key] = generated_source(
-                self._mlx, self._name, self._header, self._body, arrays, call
-            )
+            self._generated[key] = generated_source(self._mlx, self._name, self._header, self._body, arrays, call)
         return self._generated[key]
 
     def _bind(
         self,
-        library: Library,
+        parameters: Sequence[Parameter],
         arrays: Sequence[mx.array],
         call: dict[str, Any],
         memory: Memory,
@@ -178,34 +179,30 @@ class SimulatedKernel:
             if not view.flags.c_contiguous:
                 # The kernel gets the first element's address; its strides reach the rest of the extent.
                 named[name] = Buffer(name, memory.address(extent), extent.end - extent.begin)
-        for name, shape, dtype in zip(
-            self._output_names, call["output_shapes"], call["output_dtypes"], strict=True
-        ):
+        for name, shape, dtype in zip(self._output_names, call["output_shapes"], call["output_dtypes"], strict=True):
             output = _make_output(name, shape, dtype, init_value)
             bound.outputs.append(output)
             must_write = init_value is None and not chosen.allow_unwritten
             size = output.scratch.nbytes
             named[name] = Buffer(name, output.scratch.address, size, init_value is not None, must_write)
-        parameters = [p for p in library.kernel.parameters if p.kind == "buffer"]
-        bound.buffers = [named[p.name] for p in sorted(parameters, key=lambda p: p.index)]
+        used = [p for p in parameters if p.kind == "buffer"]
+        bound.buffers = [named[p.name] for p in sorted(used, key=lambda p: p.index)]
         return bound
 
     def _run(
-        self, bound: _Call, generated: Generated, kernel: Library, chosen: Settings, version: tuple[int, int]
+        self, bound: _Call, generated: Generated, libraries: dict[Mode, Library], chosen: Settings
     ) -> tuple[list[bytes], list[bytes]]:
+        """The results of the first schedule, once all runs agree."""
+        runs = [(Mode.CHECKED, Schedule.ORDERED)] * chosen.checked + [(Mode.FAST, s) for s in chosen.schedules]
         kept: list[tuple[list[bytes], list[bytes]]] = []
-        if chosen.checked:
-            library = build(generated.source, generated.kernel, Mode.CHECKED, version)
-            self._raise(generated, bound.run(library, Schedule.ORDERED, True, chosen.seed))
-            kept.append(bound.results())
-        for schedule in chosen.schedules:
-            self._raise(generated, bound.run(kernel, schedule, False, chosen.seed))
+        for mode, schedule in runs:
+            checked = mode is Mode.CHECKED
+            self._raise(generated, bound.run(libraries[mode], schedule, checked, chosen.seed))
             results = bound.results()
-            compared_modes = chosen.checked and schedule is Schedule.ORDERED
-            for earlier in kept:
-                self._compare(generated, bound, earlier, results, compared_modes and earlier is kept[0])
+            if kept:
+                self._compare(generated, bound, kept[0], results, chosen.checked and schedule is Schedule.ORDERED)
             kept.append(results)
-        return kept[-1 if len(kept) == 1 else min(1, len(kept) - 1)]
+        return kept[chosen.checked and len(kept) > 1]
 
     def _compare(
         self,

@@ -38,6 +38,7 @@ THREAD_ATTRIBUTES = {
     **dict.fromkeys(_SCALAR_ATTRIBUTES, _SCALAR_TYPES),
 }
 MAX_BUFFERS = 31
+_ENTRY_PARAMETERS = "constant ulong* buffers, constant ulong* threadgroup_buffers, const device MslContext* context"
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,8 @@ class Program:
             symbol = f"msl_entry_{number}"
             symbols[instantiation.host_name] = symbol
             arguments = ", ".join(p.argument for p in kernel.parameters)
-            lines.append(
-                f'extern "C" void {symbol}(constant ulong* buffers, constant ulong* threadgroup_buffers, '
-                f"const device MslContext* context) {{ {instantiation.function}{instantiation.arguments}({arguments}); }}"
-            )
+            call = f"{instantiation.function}{instantiation.arguments}({arguments})"
+            lines.append(f'extern "C" void {symbol}({_ENTRY_PARAMETERS}) {{ {call}; }}')
         return "\n".join(lines) + "\n", symbols
 
     def all_instantiations(self) -> list[Instantiation]:
@@ -174,9 +173,7 @@ def _check_buffer(
     used.add(parameter.index)
 
 
-def _read_parameter(
-    tokens: TokenList, start: int, stop: int, next_buffer: int, program: Program
-) -> Parameter:
+def _read_parameter(tokens: TokenList, start: int, stop: int, next_buffer: int, program: Program) -> Parameter:
     declaration, attributes = _split_attributes(tokens, start, stop)
     name = _declared_name(declaration)
     place = tokens[start].place

@@ -52,8 +52,8 @@ class _RawLaunch(ctypes.Structure):
         ("max_threads", ctypes.c_uint32),
         ("poison", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
-        ("constants_begin", ctypes.c_uint64),
-        ("constants_end", ctypes.c_uint64),
+        ("library_begin", ctypes.c_uint64),
+        ("library_end", ctypes.c_uint64),
     )
 
 
@@ -94,8 +94,8 @@ def launch(
         max_threads=library.kernel.max_threads,
         poison=_UNTOUCHED_BYTE,
         seed=seed,
-        constants_begin=begin,
-        constants_end=end,
+        library_begin=begin,
+        library_end=end,
     )
     report = RawReport()
     runtime().msl_launch(ctypes.byref(request), ctypes.byref(report))
@@ -107,8 +107,8 @@ def _findings(report: RawReport, library: Library, names: list[str]) -> list[Fin
     for fault in report.faults[: report.fault_count]:
         place = library.place(fault.line, fault.pc)
         sentence = describe(fault, names)
-        other = library.place(fault.other_line, 0)
+        other = library.place(fault.other_line, fault.other_pc)
         if other:
-            sentence += f" ({other})"
+            sentence += f" at {other}"
         found.append(Finding(FaultKind(fault.kind), place, f"{place}: {sentence}" if place else sentence))
     return found

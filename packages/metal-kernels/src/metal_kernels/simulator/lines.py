@@ -5,10 +5,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-_FIXED_LENGTH = (
-    12  # unit_length is 32-bit: 4; version 2; header_length 4; minimum length 1; maximum operations 1
-)
-
 
 class LineTable:
     """Addresses of one shared library, sorted, with their lines; 0 is no line of the unit."""
@@ -82,53 +78,77 @@ def _program_rows(section: bytes, at: int, end: int) -> Iterator[tuple[int, int]
     reader = _Reader(section, at + 6)
     header_length = reader.fixed("I")
     start = reader.at + header_length
-    minimum, _, _, line_base, line_range, opcode_base = (
-        reader.fixed(f) for f in ("B", "B", "B", "b", "B", "B")
-    )
+    minimum, _, _, line_base, line_range, opcode_base = (reader.fixed(f) for f in ("B", "B", "B", "b", "B", "B"))
     operand_counts = [reader.fixed("B") for _ in range(opcode_base - 1)]
-    while reader.string():
-        pass
-    files = []
-    while name := reader.string():
-        files.append(name)
-        for _ in range(3):
-            reader.unsigned()
+    files = _file_names(reader)
     reader.at = start
-    address, line, file = 0, 1, 1
-
-    def row() -> tuple[int, int]:
-        in_unit = 0 < file <= len(files) and files[file - 1].endswith((b"<stdin>", b"-"))
-        return address, line if in_unit else 0
-
+    machine = _Machine(files)
     while reader.at < end:
         opcode = reader.fixed("B")
         if opcode >= opcode_base:
             step = opcode - opcode_base
-            address += step // line_range * minimum
-            line += line_base + step % line_range
-            yield row()
+            machine.address += step // line_range * minimum
+            machine.line += line_base + step % line_range
+            yield machine.row()
+        elif opcode == _COPY:
+            yield machine.row()
         elif opcode == 0:
-            size = reader.unsigned()
-            following = reader.at + size
-            extended = reader.fixed("B")
-            if extended == 1:
-                yield row()
-                address, line, file = 0, 1, 1
-            elif extended == 2:
-                address = reader.fixed("Q")
-            reader.at = following
-        elif opcode == 1:
-            yield row()
-        elif opcode == 2:
-            address += reader.unsigned() * minimum
-        elif opcode == 3:
-            line += reader.signed()
-        elif opcode == 4:
-            file = reader.unsigned()
-        elif opcode == 8:
-            address += (255 - opcode_base) // line_range * minimum
-        elif opcode == 9:
-            address += reader.fixed("H")
+            yield from machine.extended(reader)
+        elif opcode == _CONST_ADD_PC:
+            machine.address += (255 - opcode_base) // line_range * minimum
         else:
-            for _ in range(operand_counts[opcode - 1]):
+            machine.standard(opcode, reader, minimum, operand_counts[opcode - 1])
+
+
+def _file_names(reader: _Reader) -> list[bytes]:
+    while reader.string():  # the include directories
+        pass
+    files = []
+    while name := reader.string():
+        files.append(name)
+        for _ in range(3):  # directory, time and length
+            reader.unsigned()
+    return files
+
+
+_COPY, _ADVANCE_PC, _ADVANCE_LINE, _SET_FILE, _CONST_ADD_PC, _FIXED_ADVANCE_PC = 1, 2, 3, 4, 8, 9
+_END_SEQUENCE, _SET_ADDRESS = 1, 2
+
+
+class _Machine:
+    """The registers of the line-number state machine."""
+
+    def __init__(self, files: list[bytes]) -> None:
+        self._of_unit = [name.endswith((b"<stdin>", b"-")) for name in files]
+        self._reset()
+
+    def _reset(self) -> None:
+        self.address, self.line, self._file = 0, 1, 1
+
+    def row(self) -> tuple[int, int]:
+        in_unit = 0 < self._file <= len(self._of_unit) and self._of_unit[self._file - 1]
+        return self.address, self.line if in_unit else 0
+
+    def extended(self, reader: _Reader) -> Iterator[tuple[int, int]]:
+        size = reader.unsigned()
+        following = reader.at + size
+        opcode = reader.fixed("B")
+        if opcode == _END_SEQUENCE:
+            yield self.row()
+            self._reset()
+        elif opcode == _SET_ADDRESS:
+            self.address = reader.fixed("Q")
+        reader.at = following
+
+    def standard(self, opcode: int, reader: _Reader, minimum: int, operands: int) -> None:
+        if opcode == _ADVANCE_PC:
+            self.address += reader.unsigned() * minimum
+        elif opcode == _ADVANCE_LINE:
+            self.line += reader.signed()
+        elif opcode == _SET_FILE:
+            self._file = reader.unsigned()
+        elif opcode == _FIXED_ADVANCE_PC:
+            self.address += reader.fixed("H")
+        else:
+            for _ in range(operands):
                 reader.unsigned()

@@ -10,7 +10,7 @@ _MAX_FAULTS = 16
 
 
 class FaultKind(IntEnum):
-    """Kinds of misbehaviour, in the order of ``Kind`` in runtime/report.h; the last two are found by comparing runs."""
+    """Kinds of misbehaviour: ``Kind`` of runtime/report.h, and two that comparing runs finds."""
 
     OUT_OF_BOUNDS_READ = 0
     OUT_OF_BOUNDS_WRITE = 1
@@ -47,6 +47,7 @@ class RawFault(ctypes.Structure):
         ("kind", ctypes.c_uint32),
         ("line", ctypes.c_uint32),
         ("pc", ctypes.c_uint64),
+        ("other_pc", ctypes.c_uint64),
         ("space", ctypes.c_uint32),
         ("buffer", ctypes.c_uint32),
         ("offset", ctypes.c_uint64),
@@ -100,10 +101,10 @@ def describe(fault: RawFault, names: list[str]) -> str:
         FaultKind.UNINITIALISED_READ: f"read of uninitialised memory: {what}, {who}",
         FaultKind.RACE_IN_THREADGROUP: f"data race inside a threadgroup: {race}",
         FaultKind.RACE_BETWEEN_THREADGROUPS: f"data race between threadgroups: {race}",
-        FaultKind.DIVERGENT_BARRIER: f"divergent threadgroup_barrier: other threads of threadgroup {fault.group} wait elsewhere",
-        FaultKind.THREADGROUP_MEMORY: f"too much threadgroup memory: {fault.offset} bytes, the limit is {fault.size}",
-        FaultKind.TOO_MANY_THREADS: f"too many threads per threadgroup: {fault.offset}, the limit is {fault.size}",
-        FaultKind.NEVER_WRITTEN: f"output '{name}' never written: {fault.size} bytes, the first at byte {fault.offset}",
+        FaultKind.DIVERGENT_BARRIER: f"divergent threadgroup_barrier: others of threadgroup {fault.group} wait",
+        FaultKind.THREADGROUP_MEMORY: f"too much threadgroup memory: {fault.offset} of {fault.size} bytes",
+        FaultKind.TOO_MANY_THREADS: f"too many threads per threadgroup: {fault.offset} of {fault.size}",
+        FaultKind.NEVER_WRITTEN: f"output '{name}' never written: {fault.size} bytes from byte {fault.offset}",
         FaultKind.ARRAY_INDEX: f"array index {ctypes.c_int64(fault.offset).value} is out of bounds, {who}",
         FaultKind.DIVISION_BY_ZERO: f"integer division by zero, {who}",
         FaultKind.ENDLESS: f"the kernel does not end: {who}",

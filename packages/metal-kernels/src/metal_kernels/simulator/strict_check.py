@@ -10,6 +10,7 @@ from .toolchain import cache_directory, digest, toolchain
 from .unit import LANGUAGE, Source, Unit, translate
 
 METAL_VERSIONS = ((3, 1), (3, 2))
+_IN_HEADERS = "metal"
 _FIRST_USER_DECLARATION = "MslUserBegin"
 _EXTENSIONS = (
     "-Xclang",
@@ -24,7 +25,7 @@ _STRICT = (
     "-Werror=return-type",
     "-Wimplicit-float-conversion",
     "-ferror-limit=20",
-    "-ftemplate-backtrace-limit=4",
+    "-ftemplate-backtrace-limit=0",
     "-fno-caret-diagnostics",
     "-fno-color-diagnostics",
     "-Xclang",
@@ -47,9 +48,7 @@ def check(source: Source, metal_versions: Sequence[tuple[int, int]] = METAL_VERS
             verdict.write_text("\n".join(_diagnose(source, version)))
         errors = verdict.read_text()
         if errors:
-            raise KernelCompileError(
-                f"[simulator] the kernel is not valid Metal {version[0]}.{version[1]}:\n{errors}"
-            )
+            raise KernelCompileError(f"[simulator] the kernel is not valid Metal {version[0]}.{version[1]}:\n{errors}")
 
 
 def _diagnose(source: Source, metal_version: tuple[int, int]) -> list[str]:
@@ -89,12 +88,28 @@ def _errors(text: str, unit: Unit) -> list[str]:
         if not match:
             continue
         severity, message = match.group(2), match.group(3)
-        # Metal converts no other floating-point type to bfloat implicitly.
-        target = message.split(" to ")[-1]
-        bfloat = severity == "warning" and ("bfloat" in target or "__bf16" in target)
+        implicit = _is_implicit_bfloat(severity, message)
         if severity != "note":
-            keep = severity == "error" or bfloat
-        if keep:
-            place = unit.place(int(match.group(1))) if line.startswith("<stdin>") else "metal"
-            lines.append(f"{place}: {'error' if bfloat else severity}: {message}")
+            keep = severity == "error" or implicit
+        if not keep:
+            continue
+        place = str(unit.place(int(match.group(1)))) if line.startswith("<stdin>") else ""
+        if severity == "note":
+            _blame(lines, place)
+        if place or severity != "note":
+            lines.append(f"{place or _IN_HEADERS}: {'error' if implicit else severity}: {message}")
     return lines
+
+
+def _is_implicit_bfloat(severity: str, message: str) -> bool:
+    """Metal converts no other floating-point type to bfloat implicitly; clang only warns."""
+    target = message.rsplit(" to ", maxsplit=1)[-1]
+    named = severity == "warning" and message.endswith("[-Wimplicit-float-conversion]")
+    return named and ("bfloat" in target or "__bf16" in target)
+
+
+def _blame(lines: list[str], place: str) -> None:
+    """An error inside Metal's own headers is the fault of the first line of the kernel that leads there."""
+    last = max((k for k, text in enumerate(lines) if ": error: " in text), default=-1)
+    if place and last >= 0 and lines[last].startswith(f"{_IN_HEADERS}: "):
+        lines[last] = place + lines[last].removeprefix(_IN_HEADERS)

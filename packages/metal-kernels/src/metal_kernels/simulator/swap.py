@@ -34,10 +34,15 @@ def install(*, pretend_metal: bool = False) -> None:
 
 def uninstall() -> None:
     """Undo `install`."""
-    if mx.fast.metal_kernel is metal_kernel:
+    if is_installed():
         mx.fast.metal_kernel = MLX_METAL_KERNEL
         mx.metal.is_available = _MLX_IS_AVAILABLE
         mx.enable_compile()
+
+
+def is_installed() -> bool:
+    """Whether new kernels are simulated."""
+    return mx.fast.metal_kernel is metal_kernel
 
 
 @contextmanager

@@ -134,6 +134,12 @@ class TokenList(list[Token]):
                 depth -= 1
         return -1
 
+    def enclosing_attribute(self, index: int) -> int:
+        """Index of the ``[[`` around ``index``, or -1."""
+        while index >= 0 and self[index].text not in ("[[", "]]", ";", "{", "}"):
+            index -= 1
+        return index if index >= 0 and self[index].text == "[[" else -1
+
     def drop(self, start: int, stop: int) -> None:
         """Blank the tokens of ``[start, stop)``; their lines stay."""
         for token in self[start:stop]:

@@ -37,9 +37,7 @@ class Toolchain:
 
     def run(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         """Run clang with ``text`` as its standard input."""
-        return subprocess.run(
-            [*self.clang, *arguments], input=text, capture_output=True, text=True, check=False
-        )
+        return subprocess.run([*self.clang, *arguments], input=text, capture_output=True, text=True, check=False)
 
     def link(self, output: Path, *inputs: Path | str) -> None:
         """Link a shared library.
@@ -50,9 +48,7 @@ class Toolchain:
         command = [*self.linker, "-shared", "-o", str(output), *map(str, inputs)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ToolchainError(
-                f"[simulator] expected the linker to make {output.name}, got: {done.stderr.strip()}."
-            )
+            raise ToolchainError(f"[simulator] expected the linker to make {output.name}, got: {done.stderr.strip()}.")
 
 
 @cache

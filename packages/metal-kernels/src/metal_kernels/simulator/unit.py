@@ -1,9 +1,8 @@
 """From Metal source to a unit that clang compiles: preprocess, then rewrite what only Metal has."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 from . import declarations, expressions
@@ -49,7 +48,7 @@ class Source:
     parts: tuple[tuple[str, str], ...]
     include_directories: tuple[str, ...] = ()
     defines: tuple[str, ...] = ()
-    function_constants: Mapping[str, str] = field(default_factory=dict)
+    function_constants: tuple[tuple[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -59,7 +58,7 @@ class Source:
     @property
     def key(self) -> tuple[object, ...]:
         """Everything that decides what is compiled."""
-        return self.text, self.include_directories, self.defines, sorted(self.function_constants.items())
+        return self.text, self.include_directories, self.defines, self.function_constants
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Unit:
         return self.places[line - 1] if 0 < line <= len(self.places) else Place("<unit>", line)
 
 
+@lru_cache(maxsize=8)
 def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     """Preprocess and rewrite ``source``.
 
@@ -84,6 +84,8 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     tokens = TokenList(_preprocess(source, metal_version))
     program = Program()
     expressions.check_words(tokens, program)
+    if metal_version >= (3, 2):
+        expressions.drop_coherent(tokens)
     mark_scopes(tokens)
     declarations.collect_instantiations(tokens, program)
     tokens.compact()
@@ -109,9 +111,7 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
 
 def _preprocess(source: Source, metal_version: tuple[int, int]) -> str:
     major, minor = metal_version
-    includes = [
-        part for path in (str(_empty_headers()), *source.include_directories) for part in ("-I", path)
-    ]
+    includes = [part for path in (str(_empty_headers()), *source.include_directories) for part in ("-I", path)]
     done = toolchain().run(
         *LANGUAGE,
         "-E",

@@ -11,6 +11,12 @@ template <class T> struct atomic {
                 "atomic holds int, uint, bool, float or ulong");
   T value_;
 };
+// OpenCL declares types of these names itself.
+#define atomic_int msl_atomic_int
+#define atomic_uint msl_atomic_uint
+#define atomic_bool msl_atomic_bool
+#define atomic_float msl_atomic_float
+#define atomic_ulong msl_atomic_ulong
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<bool> atomic_bool;
@@ -69,7 +75,7 @@ template <class T> struct msl_exactly { typedef T type; };
       MSL_RELAXED(order) {                                                                                        \
     MSL_WORD;                                                                                                     \
     MSL_ATOMIC_ACCESS(1);                                                                                         \
-    T a = as_type<T>(*(volatile SPACE W*)p);                                                                      \
+    T a = as_type<T>(__atomic_load_n((volatile SPACE W*)p, __ATOMIC_SEQ_CST));                                                                      \
     __atomic_store_n((volatile SPACE W*)p, as_type<W>((T)(result)), __ATOMIC_SEQ_CST);                            \
     return a;                                                                                                     \
   }

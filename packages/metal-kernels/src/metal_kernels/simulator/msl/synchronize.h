@@ -35,15 +35,9 @@ enum memory_order {
 MSL_FN void threadgroup_barrier(mem_flags flags, uint site = MSL_SITE) { msl_threadgroup_barrier((uint)flags, site); }
 MSL_FN void simdgroup_barrier(mem_flags flags, uint site = MSL_SITE) { msl_simdgroup_barrier((uint)flags, site); }
 #if __METAL_VERSION__ >= 320
-enum thread_scope {
-  thread_scope_thread,
-  thread_scope_simdgroup,
-  thread_scope_threadgroup,
-  thread_scope_device,
-  thread_scope_system
-};
+enum thread_scope { thread_scope_thread = 0, thread_scope_threadgroup = 1, thread_scope_device = 2, thread_scope_simdgroup = 4 };
 MSL_FN void atomic_thread_fence(mem_flags flags, memory_order, thread_scope scope = thread_scope_device) {
-  if (((uint)flags & 1) && scope >= thread_scope_device) msl_device_fence();
+  if (((uint)flags & 1) && scope != thread_scope_thread && scope != thread_scope_threadgroup && scope != thread_scope_simdgroup) msl_device_fence();
 }
 #endif
 

@@ -1,6 +1,7 @@
 // Address spaces, scalar and vector types, and the type traits of metal_type_traits.
 #pragma once
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
 
 #define thread __private
 #define device __global
@@ -88,7 +89,6 @@ template <class T> struct is_arithmetic : bool_constant<is_integral<T>::value ||
 template <class T> struct is_signed : bool_constant<__is_signed(T) || is_same<msl_bare<T>, bfloat>::value> {};
 template <class T> struct is_unsigned : bool_constant<__is_unsigned(T)> {};
 template <class T> struct is_enum : bool_constant<__is_enum(T)> {};
-template <class T> struct is_empty : bool_constant<__is_empty(T)> {};
 template <class T> struct is_void : is_same<msl_bare<T>, void> {};
 template <class T> struct is_pointer : false_type {};
 template <class T> struct is_pointer<T thread*> : true_type {};
@@ -107,7 +107,6 @@ template <class T> constexpr constant bool is_arithmetic_v = is_arithmetic<T>::v
 template <class T> constexpr constant bool is_signed_v = is_signed<T>::value;
 template <class T> constexpr constant bool is_unsigned_v = is_unsigned<T>::value;
 template <class T> constexpr constant bool is_enum_v = is_enum<T>::value;
-template <class T> constexpr constant bool is_empty_v = is_empty<T>::value;
 template <class T> constexpr constant bool is_void_v = is_void<T>::value;
 template <class T> constexpr constant bool is_pointer_v = is_pointer<T>::value;
 

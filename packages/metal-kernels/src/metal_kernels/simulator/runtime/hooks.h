@@ -9,7 +9,7 @@
   void __tsan_unaligned_read##n(u64 a) { check_access(a, n, false, false, false, CALLER); } \
   void __tsan_unaligned_write##n(u64 a) { check_access(a, n, true, false, false, CALLER); }
 
-constexpr u64 kMaxSteps = 200'000'000;  // basic blocks one thread may run between two switches
+constexpr u64 kMaxSteps = 20'000'000;  // basic blocks one thread may run between two switches
 
 // The part of the compiler's description of an index or a division that is used here.
 struct UbsanSite {

@@ -14,7 +14,7 @@ enum class Space : u32 { none, buffer, threadgroup };
 struct Fault {
   Kind kind;
   u32 line;          // of the flattened unit; 0: look up `pc`
-  u64 pc;
+  u64 pc, other_pc;  // of the two accesses of a race
   Space space;
   u32 buffer;
   u64 offset, size;  // bytes; for counting faults: how many, out of how many

@@ -13,7 +13,7 @@ struct Launch {
   u32 buffer_count;
   u32 grid[3], threadgroup[3];
   u32 order, checked, max_threads, poison;
-  u64 seed, constants_begin, constants_end;
+  u64 seed, library_begin, library_end;
 };
 
 struct Variable {
@@ -183,8 +183,8 @@ void msl_launch(const Launch* l, Report* out) {
   order = Order(l->order);
   checked = l->checked;
   random_state = l->seed * 2654435761u + 88172645463325252ull;
-  constants_begin = l->constants_begin;
-  constants_end = l->constants_end;
+  library_begin = l->library_begin;
+  library_end = l->library_end;
   device_epoch = threadgroup_epoch = 1;
   if (!arena) arena = (u8*)map_lazy(kArenaBytes);
   if (!stacks) stacks = (u8*)map_lazy(kMaxThreads * kStackBytes);

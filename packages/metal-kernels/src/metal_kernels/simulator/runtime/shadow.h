@@ -11,6 +11,7 @@ static bool checked;
 struct Cell {
   u32 write_epoch, write_simd_epoch, read_epoch, read_simd_epoch;
   u32 write_group, read_group;
+  u32 write_pc, read_pc;  // from the start of the kernel library
   u16 writer, reader;
   u8 split : 1, write_atomic : 1, plain_reader : 1, many_readers : 1, many_simds : 1, many_groups : 1, write_fenced : 1;
 };
@@ -66,10 +67,14 @@ struct Access {
   u32 epoch, simd_epoch, group_epoch;
 };
 
-static void race(Kind kind, const Access& a, u32 other_thread, u32 other_group, bool other_wrote) {
+// The kernel library: its instructions and its own read-only data.
+static u64 library_begin, library_end;
+
+static void race(Kind kind, const Access& a, const Cell& c, bool other_wrote) {
   Fault f = fault_at(kind, a.region, a.address, a.bytes, a.write, a.pc);
-  f.other_thread = other_thread;
-  f.other_group = other_group;
+  f.other_thread = other_wrote ? c.writer : c.reader;
+  f.other_group = other_wrote ? c.write_group : c.read_group;
+  f.other_pc = library_begin + (other_wrote ? c.write_pc : c.read_pc);
   f.writes |= other_wrote << 1;
   add_fault(f);
 }
@@ -84,9 +89,9 @@ static void check_against_write(const Access& a, const Cell& c) {
   if (!c.write_epoch || (a.atomic && c.write_atomic)) return;
   if (c.write_epoch < a.group_epoch) {
     if (a.region->space != Space::buffer || (c.write_fenced && group_fenced)) return;
-    race(Kind::race_between_threadgroups, a, c.writer, c.write_group, true);
+    race(Kind::race_between_threadgroups, a, c, true);
   } else if (unordered(a, c.writer, c.write_epoch, c.write_simd_epoch)) {
-    race(Kind::race_in_threadgroup, a, c.writer, group_index, true);
+    race(Kind::race_in_threadgroup, a, c, true);
   }
 }
 
@@ -94,20 +99,21 @@ static void check_against_reads(const Access& a, const Cell& c) {
   if (!c.read_epoch || (a.atomic && !c.plain_reader)) return;
   if (c.many_groups || c.read_epoch < a.group_epoch) {
     if (a.region->space != Space::buffer || group_fenced) return;
-    return race(Kind::race_between_threadgroups, a, c.reader, c.read_group, false);
+    return race(Kind::race_between_threadgroups, a, c, false);
   }
   if (c.read_epoch != a.epoch) return;
   bool same_simd = c.reader / kSimdWidth == current->index / kSimdWidth;
   bool same_step = c.read_simd_epoch == a.simd_epoch;
   bool others_read = c.many_simds || (c.many_readers && same_simd && same_step);
   if (others_read || unordered(a, c.reader, c.read_epoch, c.read_simd_epoch))
-    race(Kind::race_in_threadgroup, a, c.reader, group_index, false);
+    race(Kind::race_in_threadgroup, a, c, false);
 }
 
 static void note_write(const Access& a, Cell& c) {
   c.write_epoch = a.epoch;
   c.write_simd_epoch = a.simd_epoch;
   c.write_group = group_index;
+  c.write_pc = u32(a.pc - library_begin);
   c.writer = u16(current->index);
   c.write_atomic = a.atomic;
   c.write_fenced = 0;
@@ -125,6 +131,7 @@ static void note_read(const Access& a, Cell& c) {
   c.read_epoch = a.epoch;
   c.read_simd_epoch = a.simd_epoch;
   c.read_group = group_index;
+  c.read_pc = u32(a.pc - library_begin);
   c.reader = u16(current->index);
   if (!a.atomic) c.plain_reader = 1;
 }
@@ -181,11 +188,9 @@ static bool is_executor(u64 address) {
          inside(threadgroup_address, sizeof threadgroup_address);
 }
 
-static u64 constants_begin, constants_end;  // the kernel library's own read-only data
-
 static void check_access(u64 address, u64 bytes, bool write, bool atomic, bool aligned, u64 pc) {
   if (!current || !checked || is_private(address) || is_executor(address)) return;
-  if (address >= constants_begin && address < constants_end) return;
+  if (address >= library_begin && address < library_end) return;
   report.accesses++;
   Region* r = find_region(address, bytes);
   if (!r || (r->space == Space::threadgroup && address + bytes > r->begin + arena_used)) {

@@ -1,0 +1,63 @@
+"""The plugin swaps the simulator in for a project that asks for it, before its modules are imported."""
+
+import sys
+
+import pytest
+
+PROJECT = """
+    import mlx.core as mx
+
+    kernel = mx.fast.metal_kernel(  # at import time
+        name="twice", input_names=["x"], output_names=["out"],
+        source="uint i = thread_position_in_grid.x; out[i] = 2 * x[i];",
+    )
+
+    def test_twice():
+        x = mx.arange(10)
+        (out,) = kernel(
+            inputs=[x], output_shapes=[x.shape], output_dtypes=[x.dtype], grid=(10, 1, 1), threadgroup=(10, 1, 1)
+        )
+        assert (out == 2 * x).all().item()
+
+    def test_metal_is_available():
+        assert mx.metal.is_available() == {pretended}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a small project's tests in a process of their own; returns exit status and output."""
+    import subprocess
+
+    def go(ini: str, *arguments: str, pretended: bool = False) -> tuple[int, str]:
+        from textwrap import dedent
+
+        (tmp_path / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
+        (tmp_path / "test_project.py").write_text(dedent(PROJECT).format(pretended=pretended))
+        command = [sys.executable, "-m", "pytest", "-p", "metal_kernels.simulator.pytest_plugin", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    return go
+
+
+def test_switched_on_by_the_project(run):
+    status, output = run("metal_simulator = true")
+    assert status == 0, output
+    assert "metal kernels: simulated" in output
+
+
+def test_switched_on_by_the_command_line(run):
+    status, output = run("", "--metal-simulator", "--metal-simulator-fast")
+    assert status == 0, output
+
+
+def test_pretends_that_metal_is_available(run):
+    status, output = run("metal_simulator = true\nmetal_simulator_pretend_metal = true", pretended=True)
+    assert status == 0, output
+
+
+def test_off_by_default(run):
+    status, output = run("")
+    assert status == 1
+    assert "No Metal back-end" in output
