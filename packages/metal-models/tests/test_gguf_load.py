@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from transformers import AutoConfig
 
 from metal_models.errors import CheckpointError
 from metal_models.gguf import load_gguf
@@ -194,7 +195,10 @@ def check(tmp_path, case, kind):
 
 @pytest.mark.parametrize("case", CASES)
 def test_architectures(tmp_path, case):
-    check(tmp_path, case, "F32")
+    _, config = check(tmp_path, case, "F32")
+    theirs = AutoConfig.for_model(**config)
+    assert theirs.hidden_size == HIDDEN
+    assert theirs.rope_parameters.get("rope_theta", 20000.0) == 20000.0
 
 
 @pytest.mark.parametrize("case", ["llama", "llama experts", "phi3"])

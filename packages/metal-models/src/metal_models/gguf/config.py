@@ -61,7 +61,8 @@ def gguf_config(path: str | Path) -> dict[str, Any]:
     """Return config.json's content for the .gguf file at ``path``; reads its header only.
 
     Raises:
-        CheckpointError: The file is damaged, its architecture is not known, or a value is missing.
+        CheckpointError: The file is damaged, or a value is missing.
+        UnsupportedModelError: The architecture, or a feature it uses, is not known.
     """
     return config_of(open_gguf(path))
 

@@ -113,7 +113,7 @@ class GGUFFile:
         """Read the header and check that every tensor lies inside the file.
 
         Raises:
-            CheckpointError: Not a GGUF file, a version or tensor type we do not know, or a truncated file.
+            CheckpointError: Not a GGUF file, an unknown version or tensor type, or a truncated file.
         """
         size = path.stat().st_size if path.is_file() else 0
         if size < 24:

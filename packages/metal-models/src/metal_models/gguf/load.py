@@ -40,8 +40,9 @@ def load_gguf(path: str | Path, dtype: mx.Dtype | None = None) -> tuple[nn.Modul
         The model, and its config in the form of config.json, with mlx-lm's ``quantization`` entry.
 
     Raises:
-        CheckpointError: A damaged file, an architecture that is not known, or tensors that are missing,
-            superfluous or misshapen; the message names the tensor.
+        CheckpointError: A damaged file, or tensors that are missing, superfluous or misshapen; the message
+            names the tensor.
+        UnsupportedModelError: An architecture, a tensor type or a kind of RoPE scaling that is not known.
     """
     file = open_gguf(path)
     architecture = architecture_of(file)

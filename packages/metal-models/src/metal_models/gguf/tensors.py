@@ -81,7 +81,7 @@ def _dequantized(file: GGUFFile, name: str, dtype: mx.Dtype) -> mx.array:
     entry = file.tensors[name]
     raw = file.rows(name)
     kind = GGMLQuantizationType[entry.type.name]
-    # Rows of few values: 16 MiB of blocks are at most some 200 MiB of float32.
+    # 16 MiB of blocks are some 100 to 300 MiB in float32.
     step = max(1, _CHUNK_BYTES // entry.row_bytes)
     try:
         parts = [
