@@ -44,6 +44,20 @@ def test_platform_steps_aside_without_mlx(monkeypatch: pytest.MonkeyPatch) -> No
     assert register_platform() is None
 
 
+def test_bad_variable_ends_the_launch_with_one_sentence() -> None:
+    code = "import vllm_metal_plugin as p; assert p.register_platform(); p.register_general()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"VLLM_METAL_MEMORY_FRACTION": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: [environment] expected VLLM_METAL_MEMORY_FRACTION")
+    assert "Traceback" not in run.stderr
+
+
 def test_device_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = MetalPlatform()
     assert platform.get_device_total_memory() > 1 << 28

@@ -7,6 +7,7 @@ from typing import Any
 from vllm_metal_plugin.errors import VllmMetalPluginError
 
 _installed = False
+_prints_own_errors = False
 
 
 def install() -> None:
@@ -29,7 +30,6 @@ def install() -> None:
 
     EngineArgs.create_engine_config = create
     EngineArgs.get_batch_defaults = classmethod(batch_defaults)
-    sys.excepthook = _print_own_errors(sys.excepthook)
 
 
 def prepare(engine_args: Any) -> None:
@@ -68,8 +68,13 @@ def smaller_batch_defaults(tokens: dict[Any, int], seqs: dict[Any, int]) -> tupl
     )
 
 
-def _print_own_errors(hook: Any) -> Any:
-    """An exception hook that prints this package's errors as one message; their text says what to do."""
+def print_own_errors() -> None:
+    """Let an uncaught error of this package end the process with its message alone; safe to repeat."""
+    global _prints_own_errors
+    if _prints_own_errors:
+        return
+    _prints_own_errors = True
+    hook = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, VllmMetalPluginError):
@@ -77,4 +82,4 @@ def _print_own_errors(hook: Any) -> Any:
         else:
             hook(kind, error, trace)
 
-    return excepthook
+    sys.excepthook = excepthook

@@ -9,7 +9,7 @@ from vllm_metal_plugin.errors import VllmMetalPluginError
 MAX_N = 256
 
 
-class UnsupportedRequestError(VllmMetalPluginError, VLLMClientError, ValueError):
+class UnsupportedRequestError(VllmMetalPluginError, VLLMClientError, ValueError):  # type: ignore[misc]
     """One request asks for something unsupported.
 
     vLLM's server turns client errors, and no others, into HTTP 400 with their text.
