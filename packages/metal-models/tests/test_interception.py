@@ -1,7 +1,6 @@
 """mlx-lm keeps working as before; paged views attend."""
 
 import json
-import os
 import subprocess
 import sys
 

@@ -23,6 +23,8 @@ _CACHES = {
 # What a model trips over -> what it wanted.
 _MEANINGS = {
     "PagedMask": "a layer computes attention from the mask itself instead of calling the shared function",
+    "changes its keys": "a layer changes its keys after caching them",
+    "its own attention mask": "a layer builds an attention mask of its own",
     "Only length-1 arrays": "a layer needs one position for all rows of a step",
     "No Metal back-end": "a layer needs a kernel that exists for Metal only",
 }
