@@ -9,7 +9,7 @@ from metal_kernels.simulator import KernelCompileError, Schedule, SimulatorError
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 PREFIX = (
     "uint i = thread_position_in_grid.x; uint lid = thread_position_in_threadgroup.x; "
-    "uint lane = thread_index_in_simdgroup; uint sg = simdgroup_index_in_threadgroup; (void)lid; (void)lane; (void)sg;\n"
+    "uint lane = thread_index_in_simdgroup; uint sg = simdgroup_index_in_threadgroup;\n"
 )
 
 
@@ -72,7 +72,7 @@ LEGAL = {
         "struct Pair { float a; float b; };\n",
     ),
     "barrier_in_uniform_branch": (
-        f"threadgroup float t[64]; t[lid] = x[i]; if (threads_per_threadgroup.x > 1) {{ {BARRIER} }} out[i] = t[63 - lid];",
+        f"threadgroup float t[64]; t[lid] = x[i]; if (threadgroups_per_grid.x) {{ {BARRIER} }} out[i] = t[63 - lid];",
         63 - X,
     ),
     "barrier_in_loop": (

@@ -130,7 +130,8 @@ def test_softmax_of_rows():
         "best = simd_max(best);\nfloat total = 0;\n"
         "for (int k = lane; k < size; k += 32) total += fast::exp(float(x[row * size + k]) - best);\n"
         "total = simd_sum(total);\n"
-        "for (int k = lane; k < size; k += 32) out[row * size + k] = T(fast::exp(float(x[row * size + k]) - best) / total);\n",
+        "for (int k = lane; k < size; k += 32) "
+        "out[row * size + k] = T(fast::exp(float(x[row * size + k]) - best) / total);\n",
     )
     x = mx.random.normal((3, 50)).astype(mx.bfloat16)
     (out,) = kernel(

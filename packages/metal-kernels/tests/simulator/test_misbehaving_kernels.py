@@ -82,7 +82,8 @@ CASES = {
         4,
     ),
     "simdgroup_barrier_across_simdgroups": Case(
-        "threadgroup float t[64];\nt[lid] = x[i];\nsimdgroup_barrier(mem_flags::mem_threadgroup);\nout[i] = t[63 - lid];",
+        "threadgroup float t[64];\nt[lid] = x[i];\nsimdgroup_barrier(mem_flags::mem_threadgroup);\n"
+        "out[i] = t[63 - lid];",
         FaultKind.RACE_IN_THREADGROUP,
         5,
     ),
@@ -95,7 +96,8 @@ CASES = {
         5,
     ),
     "missing_barrier_before_reuse": Case(
-        f"threadgroup float t[64];\nt[lid] = x[i];\n{BARRIER}\nfloat v = t[63 - lid];\nt[lid] = v;\n{BARRIER}\nout[i] = t[lid];",
+        f"threadgroup float t[64];\nt[lid] = x[i];\n{BARRIER}\n"
+        f"float v = t[63 - lid];\nt[lid] = v;\n{BARRIER}\nout[i] = t[lid];",
         FaultKind.RACE_IN_THREADGROUP,
         6,
     ),
@@ -104,7 +106,8 @@ CASES = {
     ),
     "reduction_tree_without_barrier": Case(
         "threadgroup float t[64];\nt[lid] = x[i];\n"
-        f"{BARRIER}\nfor (uint s = 32; s > 0; s /= 2) {{\n  if (lid < s) t[lid] += t[lid + s];\n}}\n{BARRIER}\nout[i] = t[0];",
+        f"{BARRIER}\nfor (uint s = 32; s > 0; s /= 2) {{\n  "
+        f"if (lid < s) t[lid] += t[lid + s];\n}}\n{BARRIER}\nout[i] = t[0];",
         FaultKind.RACE_IN_THREADGROUP,
         6,
     ),
@@ -167,7 +170,8 @@ CASES = {
     "grid_too_small": Case("out[i] = x[i];", FaultKind.NEVER_WRITTEN, None, grid=SIZE - 4),
     # Alignment
     "misaligned_vector": Case(
-        "if (i < 8) {\n  float4 v = *(const device float4*)(x + i * 4 + 1);\n  out[i] = v.x;\n} else {\n  out[i] = 0;\n}",
+        "if (i < 8) {\n  float4 v = *(const device float4*)(x + i * 4 + 1);\n  "
+        "out[i] = v.x;\n} else {\n  out[i] = 0;\n}",
         FaultKind.MISALIGNED,
         3,
     ),
@@ -179,7 +183,8 @@ CASES = {
         "threadgroup float t[8193];\nt[lid] = x[i];\nout[i] = t[lid];", FaultKind.THREADGROUP_MEMORY, None
     ),
     "too_much_in_two_variables": Case(
-        "threadgroup float t[8000];\nthreadgroup float u[500];\nt[lid] = x[i];\nu[lid] = x[i];\nout[i] = t[lid] + u[lid];",
+        "threadgroup float t[8000];\nthreadgroup float u[500];\nt[lid] = x[i];\nu[lid] = x[i];\n"
+        "out[i] = t[lid] + u[lid];",
         FaultKind.THREADGROUP_MEMORY,
         None,
     ),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from metal_kernels.simulator import KernelCompileError
-from metal_kernels.simulator.tokens import Place, TokenList
+from metal_kernels.simulator import KernelCompileError, Place
+from metal_kernels.simulator.tokens import TokenList
 
 TEXT = '# 7 "a.h"\nint x;\n# 3 "b.metal"\n  float4 v = f(a[[b]] >>= 1.0e-5h,\n    c<d>(e));\n'
 

@@ -4,10 +4,10 @@ from .errors import KernelCompileError, KernelFault, SimulatorError, ToolchainEr
 from .kernel import SimulatedKernel, metal_kernel
 from .launch import Schedule
 from .options import Settings, set_default_settings, settings
+from .places import Place
 from .report import FaultKind, Finding
 from .strict_check import METAL_VERSIONS, check
 from .swap import install, installed, is_installed, uninstall
-from .tokens import Place
 from .unit import Source
 
 __all__ = [

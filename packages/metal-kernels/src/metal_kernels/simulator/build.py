@@ -12,8 +12,8 @@ from pathlib import Path
 from .errors import KernelCompileError
 from .kernels import Kernel
 from .lines import LineTable
+from .places import Place
 from .report import RawReport
-from .tokens import Place
 from .toolchain import MSL_HEADERS, RUNTIME_SOURCES, cache_directory, digest, toolchain
 from .unit import LANGUAGE, Source, translate
 

@@ -7,14 +7,9 @@ MetalKernelsError
     └── KernelFault           the kernel did something wrong when it ran
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from metal_kernels.errors import MetalKernelsError
 
-if TYPE_CHECKING:
-    from .report import Finding
+from .report import Finding
 
 
 class SimulatorError(MetalKernelsError):

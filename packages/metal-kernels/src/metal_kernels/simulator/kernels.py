@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from .tokens import Place, TokenList
+from .places import Place
+from .tokens import TokenList
 
 _SPACES = {"device", "threadgroup", "constant", "thread"}
 _VECTOR_TYPES = {"uint", "uint2", "uint3", "ushort", "ushort2", "ushort3", "uint32_t", "uint16_t"}
@@ -74,7 +75,7 @@ class Kernel:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: dict[str, Any]) -> "Kernel":
         """What `as_json` wrote."""
         return cls(**{**value, "parameters": [Parameter(**p) for p in value["parameters"]]})
 

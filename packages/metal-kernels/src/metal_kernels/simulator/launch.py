@@ -1,6 +1,7 @@
 """One launch of a compiled kernel over a set of buffers."""
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,6 +11,8 @@ from .kernels import MAX_BUFFERS
 from .report import FaultKind, Finding, RawReport, describe
 
 _UNTOUCHED_BYTE = 0xFF  # of threadgroup memory: not a number in every floating-point type
+
+_one_at_a_time = threading.Lock()  # the executor is a single machine
 
 
 class Schedule(IntEnum):
@@ -98,7 +101,8 @@ def launch(
         library_end=end,
     )
     report = RawReport()
-    runtime().msl_launch(ctypes.byref(request), ctypes.byref(report))
+    with _one_at_a_time:
+        runtime().msl_launch(ctypes.byref(request), ctypes.byref(report))
     return _findings(report, library, [b.name for b in buffers])
 
 

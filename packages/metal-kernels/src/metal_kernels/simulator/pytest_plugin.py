@@ -1,7 +1,7 @@
 """Pytest plugin: kernels run on the GPU where Metal is available, and simulated everywhere else.
 
-Switched on by ``metal_simulator = true`` in the project's pytest settings or ``--metal-simulator`` on the command line.
-It is installed before tests are collected, so that kernels made at import time are simulated too.
+Switched on by ``metal_simulator = true`` in the project's pytest settings or by ``--metal-simulator``. It is
+installed before tests are collected, so that kernels made at import time are simulated too.
 """
 
 from typing import TYPE_CHECKING, cast

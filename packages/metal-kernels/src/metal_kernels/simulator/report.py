@@ -4,7 +4,7 @@ import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
 
-from .tokens import Place
+from .places import Place
 
 _MAX_FAULTS = 16
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import KernelCompileError
+from .places import Place
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r\f\v\\\n]+)
@@ -17,17 +18,6 @@ _TOKEN = re.compile(
 )
 _MARKER = re.compile(r'#\s*(?:line\s+)?(\d+)\s+"([^"]*)"')
 _CLOSING = {"(": ")", "[": "]", "{": "}", "[[": "]]"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """A line of a file as its author knows it."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 @dataclass(slots=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from . import declarations, expressions
 from .errors import KernelCompileError
 from .kernels import Program
+from .places import Place
 from .scopes import mark_scopes
-from .tokens import Place, TokenList
+from .tokens import TokenList
 from .toolchain import MSL_HEADERS, cache_directory, toolchain
 
 LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-single-precision-constant", "-cl-no-stdinc", "-nostdinc")

@@ -124,7 +124,7 @@ static void note_read(const Access& a, Cell& c) {
   if (c.read_epoch && !same_group && a.region->space == Space::buffer) c.many_groups = 1;
   bool same_epoch = c.read_epoch == a.epoch;
   if (!same_epoch) c.many_readers = c.many_simds = 0;
-  if (!c.many_groups && !same_group) c.plain_reader = 0;
+  if (!c.many_groups && !same_epoch) c.plain_reader = 0;
   if (same_epoch && c.reader / kSimdWidth != current->index / kSimdWidth) c.many_simds = 1;
   else if (same_epoch && c.read_simd_epoch == a.simd_epoch && c.reader != current->index) c.many_readers = 1;
   else if (same_epoch && c.read_simd_epoch != a.simd_epoch) c.many_readers = 0;
