@@ -106,7 +106,11 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
     taken.add_argument("--as", dest="name", metavar="REF", help="the name of a directory's model: owner/name")
     taken.set_defaults(command=run.import_model)
 
+    from vllm_metal_hub import plan as planning
     from vllm_metal_hub import serve as serving
+
+    plan = _model_command(commands, "plan", planning.plan, "what a model would take, before its weights are fetched")
+    plan.add_argument("--json", action="store_true", help="for scripts")
 
     serve = _model_command(commands, "serve", serving.serve, "vllm serve with the flags that suit the model")
     serve.add_argument("--explain", action="store_true", help="say why each flag is there")

@@ -19,6 +19,7 @@ from vllm_metal_hub import default_model, resolver
 from vllm_metal_hub.device_probe import describe_device
 from vllm_metal_hub.errors import HubError, UsageError
 from vllm_metal_hub.model_ref import parse
+from vllm_metal_hub.pull_display import PullDisplay
 from vllm_metal_hub.server_process import (
     HOST,
     ServerProcess,
@@ -72,7 +73,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
         HubError: the model cannot be found, or the server does not come up.
     """
     console = console or Console(highlight=False)
-    path, name = _model(options.model)
+    path, name = _model(options.model, console)
     port = _port(options.port)
     with _sigterm_interrupts(), _server(path, name, port) as server:
         try:
@@ -94,12 +95,13 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     return 0
 
 
-def _model(text: str | None) -> tuple[Path, str]:
+def _model(text: str | None, console: Console) -> tuple[Path, str]:
     if text is None:
         return default_model.default_model(), default_model.NAME
     ref = parse(text)
     name = ref.path.stem if ref.path is not None else ref.label
-    return resolver.resolve(text).path, name
+    with PullDisplay(console, text) as display:
+        return resolver.resolve(text, on_event=display).path, name
 
 
 def _port(port: int | None) -> int:
@@ -248,8 +250,8 @@ def _keep(server: ServerProcess, name: str, console: Console) -> None:
     console.print(
         "from openai import OpenAI\n"
         f'client = OpenAI(base_url="{server.base_url}", api_key="none")\n'
-        f'answer = client.chat.completions.create(model="{name}", '
-        'messages=[{"role": "user", "content": "Hello!"}])\n'
+        f'question = {{"role": "user", "content": "Hello!"}}\n'
+        f'answer = client.chat.completions.create(model="{name}", messages=[question])\n'
         "print(answer.choices[0].message.content)\n",
         markup=False, soft_wrap=True,
     )  # fmt: skip

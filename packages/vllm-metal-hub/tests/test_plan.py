@@ -1,0 +1,35 @@
+import json
+
+from vllm_metal_hub.cli import main
+from vllm_metal_hub.testing.repository import safetensors
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
+    "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+    "vocab_size": 256, "max_position_embeddings": 2048, "tie_word_embeddings": True, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def test_a_plan_fetches_no_weights(hub, capsys):
+    weights = safetensors("a", 300_000)
+    hub.add("org/tiny", {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": weights})
+    assert main(["plan", "hf://org/tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weight_bytes"] == len(weights)
+    assert (found["context"], found["trained_context"], found["fits"]) == (2048, 2048, True)
+    assert found["kv_cache_tokens"] > 2048
+    assert not [r for r in hub.requests if "/storage/" in r.path]
+    assert main(["plan", "hf://org/tiny"]) == 0
+    assert "2,048 tokens" in capsys.readouterr().out
+
+
+def test_an_architecture_that_is_not_supported(hub, capsys):
+    config = {**CONFIG, "model_type": "nothing_like_it"}
+    hub.add("org/odd", {"config.json": json.dumps(config).encode(), "model.safetensors": b"x"})
+    assert main(["plan", "hf://org/odd"]) == 1
+    assert "nothing_like_it" in capsys.readouterr().err
+
+
+def test_a_gguf_file_says_what_to_do_instead(tmp_path, capsys):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert main(["plan", str(tmp_path / "x.gguf")]) == 2
