@@ -69,11 +69,15 @@ def generated_source(
         raise SimulatorError(f"[simulator] expected MLX to print the source of '{name}', got: {printed[:200]!r}.")
     text = printed[fence + 4 : printed.rindex("\n```")]
     names = _KERNEL_NAME.findall(text)
-    return Generated(names[-1], text, Source(_parts(name, header, body, text), (mlx_include_directory(),)))
+    return Generated(names[-1], text, _source(name, header, body, text))
+
+
+def _source(name: str, header: str, body: str, text: str) -> Source:
+    return Source(_parts(name, header, body, text), (mlx_include_directory(),), preamble=_PREAMBLE)
 
 
 def _parts(name: str, header: str, body: str, text: str) -> tuple[tuple[str, str], ...]:
-    parts = [("metal::utils", _PREAMBLE)]
+    parts: list[tuple[str, str]] = []
     if header and text.startswith(header):
         parts.append((f"{name}.header", header))
         text = text[len(header) :]

@@ -94,10 +94,10 @@ class SimulatedKernel:
         inputs: Sequence[Any],
         output_shapes: Sequence[Sequence[int]],
         output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
         template: Sequence[tuple[str, Any]] | None = None,
-        init_value: float | None = None,
+        init_value: float | int | None = None,
         verbose: bool = False,
         stream: object | None = None,
     ) -> list[mx.array]:
@@ -165,7 +165,7 @@ class SimulatedKernel:
         arrays: Sequence[mx.array],
         call: dict[str, Any],
         memory: Memory,
-        init_value: float | None,
+        init_value: float | int | None,
         chosen: Settings,
     ) -> _Call:
         bound = _Call([], [], memory, call["grid"], call["threadgroup"], [host_view(a).dtype for a in arrays])
@@ -279,7 +279,7 @@ def _place_table(bound: _Call, name: str, table: np.ndarray) -> Buffer:
     return Buffer(name, scratch.address, table.nbytes)
 
 
-def _make_output(name: str, shape: tuple[int, ...], dtype: mx.Dtype, init_value: float | None) -> _Output:
+def _make_output(name: str, shape: tuple[int, ...], dtype: mx.Dtype, init_value: float | int | None) -> _Output:
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.size
     if init_value is None:
         initial = _POISON * nbytes

@@ -14,6 +14,7 @@ from .tokens import TokenList
 from .toolchain import MSL_HEADERS, cache_directory, toolchain
 
 LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-single-precision-constant", "-cl-no-stdinc", "-nostdinc")
+_END_OF_PREAMBLE = "#pragma msl_end_of_preamble"
 METAL_HEADERS = [
     "metal_stdlib",
     "metal_math",
@@ -43,18 +44,21 @@ METAL_HEADERS = [
 class Source:
     """Metal source, and what it is compiled with.
 
-    ``parts`` are named pieces, joined in order; diagnostics count lines within each.
+    ``parts`` are named pieces, joined in order; diagnostics count lines within each. The ``preamble`` comes before them
+    and declares no kernels, so that its translation serves other sources too.
     """
 
     parts: tuple[tuple[str, str], ...]
     include_directories: tuple[str, ...] = ()
     defines: tuple[str, ...] = ()
     function_constants: tuple[tuple[str, str], ...] = ()
+    preamble: str = ""
 
     @property
     def text(self) -> str:
         """The parts with markers that tell them apart."""
-        return "\n".join(f'# 1 "{name}"\n{text}' for name, text in self.parts) + "\n"
+        marked = "\n".join(f'# 1 "{name}"\n{text}' for name, text in self.parts)
+        return f'# 1 "preamble"\n{self.preamble}\n{_END_OF_PREAMBLE}\n{marked}\n'
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -82,7 +86,36 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     Raises:
         KernelCompileError: It cannot be preprocessed, or its brackets do not match.
     """
-    tokens = TokenList(_preprocess(source, metal_version))
+    before, _, after = _preprocess(source, metal_version).partition(f"{_END_OF_PREAMBLE}\n")
+    constants = tuple(source.function_constants)
+    preamble = _translate_preamble(before, metal_version, constants)
+    piece = _translate_piece(after, metal_version, constants, preamble.names)
+    piece.program.errors[:0] = preamble.program.errors
+    return Unit(preamble.text + piece.text, preamble.places[: preamble.text.count("\n")] + piece.places, piece.program)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Translated text, the place of each of its lines, and the type names it declares."""
+
+    text: str
+    places: tuple[Place, ...]
+    program: Program
+    names: frozenset[str]
+
+
+_Constants = tuple[tuple[str, str], ...]
+
+
+@lru_cache(maxsize=4)
+def _translate_preamble(text: str, metal_version: tuple[int, int], constants: _Constants) -> _Piece:
+    return _translate_piece(text.rstrip("\n") + "\n", metal_version, constants, frozenset())
+
+
+def _translate_piece(
+    text: str, metal_version: tuple[int, int], constants: _Constants, known: frozenset[str]
+) -> _Piece:
+    tokens = TokenList(text)
     program = Program()
     expressions.check_words(tokens, program)
     if metal_version >= (3, 2):
@@ -90,7 +123,7 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     mark_scopes(tokens)
     declarations.collect_instantiations(tokens, program)
     tokens.compact()
-    declarations.set_function_constants(tokens, program, dict(source.function_constants))
+    declarations.set_function_constants(tokens, program, dict(constants))
     tokens.compact()
     declarations.collect_kernels(tokens, program)
     declarations.remove_attributes(tokens, program)
@@ -100,14 +133,14 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     tokens.compact()
     declarations.place_threadgroup_variables(tokens, program)
     tokens.compact()
-    names = expressions.type_names(tokens)
-    expressions.rewrite_casts(tokens, program, names)
+    names = known | expressions.type_names(tokens)
+    expressions.rewrite_casts(tokens, program, set(names))
     tokens.compact()
-    expressions.rewrite_constructors(tokens, names)
+    expressions.rewrite_constructors(tokens, set(names))
     tokens.compact()
     expressions.rewrite_braced_arguments(tokens)
-    text, places = tokens.render()
-    return Unit(text, tuple(places), program)
+    rendered, places = tokens.render()
+    return _Piece(rendered, tuple(places), program, frozenset(names))
 
 
 def _preprocess(source: Source, metal_version: tuple[int, int]) -> str:
