@@ -134,9 +134,7 @@ class PagedView(CacheView):
         value_size: Width of the model's values (and outputs).
     """
 
-    def __init__(
-        self, step: Step, window: int | None, layer: LayerCache, key_size: int, value_size: int
-    ) -> None:
+    def __init__(self, step: Step, window: int | None, layer: LayerCache, key_size: int, value_size: int) -> None:
         super().__init__(step, window)
         self._layer = layer
         self._value_size = value_size

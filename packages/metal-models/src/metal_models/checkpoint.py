@@ -21,8 +21,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"[load] expected a config.json in {directory}, got none. "
-            "Give the directory of a downloaded model."
+            f"[load] expected a config.json in {directory}, got none. Give the directory of a downloaded model."
         ) from error
     except ValueError as error:
         raise CheckpointError(f"[load] expected JSON in {path}, got {error}. Download it again.") from error
@@ -46,8 +45,7 @@ def check_files(directory: Path) -> None:
         )
     if not files:
         raise CheckpointError(
-            f"[load] expected model*.safetensors or one .gguf file in {directory}, got neither. "
-            "Download the weights."
+            f"[load] expected model*.safetensors or one .gguf file in {directory}, got neither. Download the weights."
         )
     for file in files:
         _check_length(file)
@@ -73,8 +71,7 @@ def _check_length(file: Path) -> None:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"[load] expected a safetensors header in {file}, got none in its {size} bytes. "
-                "Download it again."
+                f"[load] expected a safetensors header in {file}, got none in its {size} bytes. Download it again."
             )
         try:
             header = json.loads(stream.read(length))

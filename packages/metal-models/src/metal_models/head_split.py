@@ -125,7 +125,6 @@ def _boundary(model: nn.Module) -> Boundary:
         module = getattr(module, name)
     if not path:
         raise MetalModelsError(
-            f"[load] expected a backbone named one of {', '.join(_BACKBONES)}, got none in "
-            f"{type(model).__module__}."
+            f"[load] expected a backbone named one of {', '.join(_BACKBONES)}, got none in {type(model).__module__}."
         )
     return Boundary(tuple(path))

@@ -59,9 +59,7 @@ def architecture_of(config: dict[str, Any]) -> str:
     """
     architecture = config.get("model_type")
     if not isinstance(architecture, str) or not architecture:
-        raise MetalModelsError(
-            "[load] expected a model_type in config.json, got none. Check the model's files."
-        )
+        raise MetalModelsError("[load] expected a model_type in config.json, got none. Check the model's files.")
     return architecture
 
 
