@@ -44,8 +44,8 @@ METAL_HEADERS = [
 class Source:
     """Metal source, and what it is compiled with.
 
-    ``parts`` are named pieces, joined in order; diagnostics count lines within each. The ``preamble`` comes before them
-    and declares no kernels, so that its translation serves other sources too.
+    ``parts`` are named pieces, joined in order; diagnostics count lines within each. The ``preamble`` comes
+    before them and declares no kernels, so that its translation serves other sources too.
     """
 
     parts: tuple[tuple[str, str], ...]

@@ -1,18 +1,18 @@
 """Pytest plugin: kernels run on the GPU where Metal is available, and simulated everywhere else.
 
 Switched on by ``metal_simulator = true`` in the project's pytest settings or by ``--metal-simulator``. It is
-installed before tests are collected, so that kernels made at import time are simulated too.
+installed before tests are collected, so that kernels made at import time are simulated too. A package of its own,
+so that a project that does not ask for it imports nothing else.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 _HELP = "execute mx.fast.metal_kernel kernels on the CPU where Metal is not available"
 
 
-def pytest_addoption(parser: "pytest.Parser") -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the switch and what goes with it."""
     group = parser.getgroup("metal")
     group.addoption("--metal-simulator", action="store_true", help=_HELP)
@@ -30,7 +30,8 @@ def pytest_addoption(parser: "pytest.Parser") -> None:
     )
 
 
-def pytest_configure(config: "pytest.Config") -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
     """Install the simulator, if this project asks for it and the machine has no Metal."""
     if not _wanted(config):
         return
@@ -42,7 +43,7 @@ def pytest_configure(config: "pytest.Config") -> None:
     simulator.install(pretend_metal=cast(bool, config.getini("metal_simulator_pretend_metal")))
 
 
-def pytest_unconfigure(config: "pytest.Config") -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Give MLX its own function back."""
     if _wanted(config):
         from metal_kernels import simulator
@@ -50,7 +51,7 @@ def pytest_unconfigure(config: "pytest.Config") -> None:
         simulator.uninstall()
 
 
-def pytest_report_header(config: "pytest.Config") -> str | None:
+def pytest_report_header(config: pytest.Config) -> str | None:
     """Say which of the two runs the kernels."""
     if not _wanted(config):
         return None
@@ -59,5 +60,5 @@ def pytest_report_header(config: "pytest.Config") -> str | None:
     return f"metal kernels: {'simulated' if simulator.is_installed() else 'on the GPU'}"
 
 
-def _wanted(config: "pytest.Config") -> bool:
+def _wanted(config: pytest.Config) -> bool:
     return bool(config.getoption("--metal-simulator") or config.getini("metal_simulator"))

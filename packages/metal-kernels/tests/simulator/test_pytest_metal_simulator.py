@@ -1,6 +1,8 @@
 """The plugin swaps the simulator in for a project that asks for it, before its modules are imported."""
 
+import subprocess
 import sys
+from textwrap import dedent
 
 import pytest
 
@@ -25,16 +27,13 @@ PROJECT = """
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path):
     """Run a small project's tests in a process of their own; returns exit status and output."""
-    import subprocess
 
     def go(ini: str, *arguments: str, pretended: bool = False) -> tuple[int, str]:
-        from textwrap import dedent
-
         (tmp_path / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
         (tmp_path / "test_project.py").write_text(dedent(PROJECT).format(pretended=pretended))
-        command = [sys.executable, "-m", "pytest", "-p", "metal_kernels.simulator.pytest_plugin", *arguments]
+        command = [sys.executable, "-m", "pytest", "-p", "pytest_metal_simulator", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 
@@ -61,3 +60,9 @@ def test_off_by_default(run):
     status, output = run("")
     assert status == 1
     assert "No Metal back-end" in output
+
+
+def test_imports_nothing_unless_asked(tmp_path):
+    (tmp_path / "test_project.py").write_text("import sys\ndef test_it(): assert 'metal_kernels' not in sys.modules\n")
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_metal_simulator"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
