@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from metal_kernels.device import target
 from metal_kernels.ragged import RaggedBatch
-from metal_kernels.reference.plan import KeyGroup, Mask, plan_attention
+from metal_kernels.reference.plan import Mask, RowTile, plan_attention
 
 
 class _Options(NamedTuple):
@@ -42,60 +42,68 @@ def paged_attention(
     head_rows = kv_cache.reshape(-1, head_size)
     # MLX's matmul on a CPU is fast in float32 only.
     compute = mx.float32 if target() == "cpu" else query.dtype
+    convert = kv_cache.dtype != compute
     options = _Options(scale, soft_cap, None if sinks is None else sinks.astype(compute))
-    rows = query.astype(compute)
+    rows = query if query.dtype == compute else query.astype(compute)
     outputs = []
     for group in plan.groups:
-        keys = head_rows[group.key_rows].astype(compute)
-        values = head_rows[group.value_rows].astype(compute)
-        outputs += _attend_group(rows, keys, values, group, options)
+        keys, values = head_rows[group.key_rows], head_rows[group.value_rows]
+        if convert:
+            keys, values = keys.astype(compute), values.astype(compute)
+        attend = _attend_single_rows if group.single_row else _attend_request
+        outputs += attend(rows, keys, values, group.tiles, options)
     joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
     if plan.restore is not None:
         joined = joined[plan.restore]
-    return joined.astype(query.dtype)
+    return joined if joined.dtype == query.dtype else joined.astype(query.dtype)
 
 
-def _attend_group(
-    query: mx.array, keys: mx.array, values: mx.array, group: KeyGroup, options: _Options
+def _attend_single_rows(
+    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: _Options
 ) -> list[mx.array]:
-    """Return the outputs of the group's tiles, each [rows, q_heads, head_size]."""
-    _, q_heads, head_size = query.shape
+    """Return the outputs [reqs, q_heads, head_size] of requests that have one row each."""
+    (tile,) = tiles
+    reqs, kv_heads, _, head_size = keys.shape
+    if options.soft_cap is None and options.sinks is None:
+        # The query heads that share a key head become its rows: each key is read once for all of them.
+        rows = query[tile.rows].reshape(reqs, kv_heads, -1, head_size)
+        out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=options.scale, mask=tile.mask)
+    else:
+        out = _attend(query[tile.rows][:, :, None], keys, values, tile.mask, options)
+    return [out.reshape(reqs, -1, head_size)]
+
+
+def _attend_request(
+    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: _Options
+) -> list[mx.array]:
+    """Return the outputs [rows, q_heads, head_size] of the tiles of one request."""
     outputs = []
-    for tile in group.tiles:
-        rows = query[tile.rows]
-        if group.single_row:
-            out = _attend(rows[:, :, None], keys, values, tile.mask, options)
-            outputs.append(out.reshape(-1, q_heads, head_size))
-        else:
-            tile_keys, tile_values = keys[:, :, tile.keys], values[:, :, tile.keys]
-            out = _attend(rows.swapaxes(0, 1)[None], tile_keys, tile_values, tile.mask, options)
-            outputs.append(out[0].swapaxes(0, 1))
+    for tile in tiles:
+        rows = query[tile.rows].swapaxes(0, 1)[None]
+        out = _attend(rows, keys[:, :, tile.keys], values[:, :, tile.keys], tile.mask, options)
+        outputs.append(out[0].swapaxes(0, 1))
     return outputs
 
 
 def _attend(query: mx.array, keys: mx.array, values: mx.array, mask: Mask, options: _Options) -> mx.array:
     """Attend [reqs, q_heads, rows, head_size] to [reqs, kv_heads, keys, head_size]."""
-    reqs, q_heads, rows, head_size = query.shape
-    kv_heads = keys.shape[1]
-    if rows > 1 and options.soft_cap is None:
+    if options.soft_cap is None:
         return mx.fast.scaled_dot_product_attention(
             query, keys, values, scale=options.scale, mask=mask, sinks=options.sinks
         )
-    # The query heads that share a key head become its rows: each key is read once for all of them.
+    reqs, q_heads, rows, head_size = query.shape
+    kv_heads, num_keys = keys.shape[1:3]
     grouped = (query * options.scale).reshape(reqs, kv_heads, -1, head_size)
-    scores = (grouped @ keys.swapaxes(-1, -2)).astype(mx.float32)
-    if options.soft_cap is not None:
-        scores = mx.tanh(scores / options.soft_cap) * options.soft_cap
-    scores = scores.reshape(reqs, q_heads, rows, -1)
+    scores = (grouped @ keys.swapaxes(-1, -2)).astype(mx.float32).reshape(reqs, q_heads, rows, num_keys)
+    scores = mx.tanh(scores / options.soft_cap) * options.soft_cap
     if mask is not None:
-        scores = mx.where(_as_array(mask, rows, keys.shape[2]), scores, -mx.inf)
+        scores = mx.where(_as_array(mask, rows, num_keys), scores, -mx.inf)
     if options.sinks is not None:
         sinks = mx.broadcast_to(options.sinks.astype(mx.float32)[:, None, None], (reqs, q_heads, rows, 1))
-        scores = mx.concatenate([sinks, scores], axis=-1)
-    weights = mx.softmax(scores, axis=-1)
-    if options.sinks is not None:
-        weights = weights[..., 1:]
-    weights = weights.astype(values.dtype).reshape(reqs, kv_heads, -1, keys.shape[2])
+        weights = mx.softmax(mx.concatenate([sinks, scores], axis=-1), axis=-1)[..., 1:]
+    else:
+        weights = mx.softmax(scores, axis=-1)
+    weights = weights.astype(values.dtype).reshape(reqs, kv_heads, -1, num_keys)
     return (weights @ values).reshape(reqs, q_heads, rows, head_size)
 
 
