@@ -25,14 +25,14 @@ PYTHON = "3.11"
 TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def install(session: nox.Session, dist: str, *groups: str) -> None:
+def install(session: nox.Session, dist: str, *groups: str, kernel_extras: str = "cpu") -> None:
     """Install ``dist`` and the layers below it, not editable, with the locked versions of everything else."""
     locked = ("--constraint", "requirements-dev.lock")
     if dist in NEEDS_VLLM:
         # vLLM is built from source without isolation, so what its build imports comes first.
         session.install("--group", "build-vllm", *locked)
     below = list(LAYERS)[: list(LAYERS).index(dist) + 1]
-    paths = [f"./packages/{name}" + ("[cpu]" if name == "metal-kernels" else "") for name in below]
+    paths = [f"./packages/{name}" + (f"[{kernel_extras}]" if name == "metal-kernels" else "") for name in below]
     session.install(*paths, *(flag for group in groups for flag in ("--group", group)), *locked)
 
 
@@ -41,9 +41,7 @@ def apt_install(session: nox.Session, program: str, *packages: str) -> None:
     if shutil.which(program) is None and shutil.which("apt-get"):
         sudo = ("sudo",) if shutil.which("sudo") else ()
         session.run(*sudo, "apt-get", "update", "-qq", external=True)
-        session.run(
-            *sudo, "apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages, external=True
-        )
+        session.run(*sudo, "apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages, external=True)
 
 
 @nox.session(python=PYTHON)
@@ -52,7 +50,8 @@ def tests(session: nox.Session, dist: str) -> None:
     """Run one package's tests where only that package and the layers below it are installed."""
     # mx.compile on MLX's CPU backend calls a C++ compiler.
     apt_install(session, "g++", "g++")
-    install(session, dist, "test")
+    # The simulator brings its own clang; only the kernels' tests run kernels in it.
+    install(session, dist, "test", kernel_extras="cpu,simulator" if dist == "metal-kernels" else "cpu")
     check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
     command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", *session.posargs]
     session.run(*command, env=TEST_ENV)

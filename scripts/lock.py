@@ -19,34 +19,35 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 HEADER = "# Written by scripts/lock.py: {what}. Universal, hashed, without index addresses.\n"
 FILES = {
-    "requirements.lock": ("what the packages need to run", []),
-    "requirements-dev.lock": ("the same, with the demo, test and lint groups", ["dev", "lint"]),
+    "requirements.lock": ("what the packages need to run", [], ["cpu"]),
+    "requirements-dev.lock": (
+        "the same, with the simulator and the demo, test and lint groups",
+        ["dev", "lint"],
+        ["cpu", "simulator"],
+    ),
 }
 
 
 def compile_lock(name: str, previous: Path, upgrade: bool) -> str:
     """Return the text of one lock file, preferring the pins of ``previous`` unless upgrading."""
-    what, groups = FILES[name]
+    what, groups, extras = FILES[name]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / name
         if previous.exists() and not upgrade:
             shutil.copyfile(previous, output)
-        command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--extra", "cpu"]
+        command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"]
         command += ["--no-annotate", "--no-header", "--python-version", "3.11"]
+        command += [flag for extra in extras for flag in ("--extra", extra)]
         command += [flag for group in groups for flag in ("--group", f"pyproject.toml:{group}")]
         command += [flag for member in [*MEMBERS, "vllm-metal"] for flag in ("--no-emit-package", member)]
         command += ["pyproject.toml", *(f"packages/{member}/pyproject.toml" for member in MEMBERS)]
-        subprocess.run(
-            [*command, "--output-file", str(output)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*command, "--output-file", str(output)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines = [line for line in output.read_text().splitlines() if not line.startswith("-e ")]
     return HEADER.format(what=what) + "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--upgrade", action="store_true", help="move every pin to the newest allowed release")
     options = parser.parse_args()
