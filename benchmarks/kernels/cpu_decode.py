@@ -2,18 +2,20 @@
 
     python benchmarks/kernels/cpu_decode.py [--contexts 64 256 1000] [--batch 1 8] [--dtype float32]
 
-Times are processor time, all threads together. Outputs are compared before a ratio is printed; above 1 the paged path is the faster one.
+Times are processor time, all threads together. Outputs are compared before a ratio is printed; above 1 the
+paged path is the faster one.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 
-import metal_kernels
+import metal_kernels  # isort: skip  # before mlx.core, to give it a fast BLAS
 import mlx.core as mx
 import numpy as np
-from metal_kernels import RaggedBatch
 from mlx_lm.models.cache import KVCache
+
+from metal_kernels import RaggedBatch
 
 BLOCK_SIZE = 16
 

@@ -11,6 +11,8 @@ from metal_kernels.ragged import RaggedBatch
 
 # Keys that padding may add to one group of single-row requests: what another group's operations cost.
 _MAX_PADDED_KEYS = 128
+# Rows of keys that one group gathers at most, unless one request has more: beyond, caches hold them no longer.
+_MAX_GATHERED_ROWS = 8192
 # Rows of one request that are attended at once; fewer rows waste fewer scores above the causal diagonal.
 _TILE_ROWS = 256
 
@@ -58,7 +60,7 @@ def plan_attention(batch: RaggedBatch, sliding_window: int | None, block_size: i
         begins = np.maximum(0, ends - query_lens + 1 - sliding_window)
     groups, order = [], []
     singles = np.flatnonzero(query_lens == 1)
-    for requests in _similar_lengths(singles, ends - begins):
+    for requests in _similar_lengths(singles, ends - begins, _MAX_GATHERED_ROWS // kv_heads):
         first_keys, num_keys = begins[requests], ends[requests] - begins[requests]
         rows = starts[requests]
         order.append(rows)
@@ -83,14 +85,15 @@ def plan_attention(batch: RaggedBatch, sliding_window: int | None, block_size: i
     return AttentionPlan(tuple(groups), restore)
 
 
-def _similar_lengths(requests: np.ndarray, num_keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Split ``requests`` so that padding each part to its longest context costs little."""
+def _similar_lengths(requests: np.ndarray, num_keys: np.ndarray, max_keys: int) -> Iterator[np.ndarray]:
+    """Split ``requests`` so that padding each part to its longest context adds few keys to ``max_keys`` or less."""
     by_length = requests[np.argsort(-num_keys[requests], kind="stable")]
     part: list[int] = []
     padded = 0
     for request in by_length.tolist():
-        padded += int(num_keys[part[0]] - num_keys[request]) if part else 0
-        if padded > _MAX_PADDED_KEYS:
+        longest = int(num_keys[part[0]]) if part else 0
+        padded += longest - int(num_keys[request]) if part else 0
+        if part and (padded > _MAX_PADDED_KEYS or longest * (len(part) + 1) > max_keys):
             yield np.sort(part)
             part, padded = [], 0
         part.append(request)
