@@ -102,6 +102,7 @@ LEGAL = {
         (X.astype(np.float16) * np.float16(0.1)).astype(np.float32),
     ),
     "bfloat_rounds": ("out[i] = float(bfloat(x[i] + 1) + bfloat(0.001f));", X + 1),
+    "bfloat_literal": ("out[i] = x[i] + float(1.5bf);", X + 1.5),
     "ternary_chain": ("out[i] = i < 2 ? 1.0f : i < 4 ? 2.0f : 3.0f;", np.where(X < 2, 1, np.where(X < 4, 2, 3))),
     "private_array": ("float v[4] = {0}; for (int k = 0; k < 4; k++) v[k] = x[i] * k; out[i] = v[3];", X * 3),
     "opencl_words_as_names": ("float local = x[i], global = 1; out[i] = local + global;", X + 1),

@@ -82,6 +82,8 @@ def check_words(tokens: TokenList, program: Program) -> None:
     """Refuse words that Metal does not have, and rename those that only OpenCL reserves."""
     for i in tokens.indices():
         token = tokens[i]
+        if token.kind == "number" and token.text.lower().endswith("bf") and not token.text.lower().startswith("0x"):
+            token.text = f"((bfloat){token.text[:-2]}f)"
         if token.kind != "name":
             continue
         if token.text in _FORBIDDEN:
@@ -89,9 +91,6 @@ def check_words(tokens: TokenList, program: Program) -> None:
             token.text = "msl_no_" + token.text.strip("_")
         elif token.text in _OPENCL_WORDS and not (token.text == "private" and tokens[i + 1].text == ":"):
             token.text = f"msl_{token.text}"
-        elif token.text == "static" and in_function(token.scope):
-            if not {"constexpr", "constant", "const"} & {tokens[i + 1].text, tokens[i + 2].text}:
-                program.error(token.place, "static local variables do not exist in Metal")
         elif token.text in ("virtual", "new") or (token.text == "delete" and tokens[i - 1].text != "="):
             program.error(token.place, f"'{token.text}' does not exist in Metal")
 
