@@ -38,7 +38,7 @@ BODIES = {
     ),
     "pointer_without_space": Case("float v = x[i]; float* p = &v; out[i] = *p;", "needs an address space"),
     "reference_without_space": Case("float v = x[i]; float& r = v; r = 1; out[i] = v;", "needs an address space"),
-    "helper_pointer_without_space": Case(
+    "function_pointer_without_space": Case(
         "float v = f(&out[i]);",
         "needs an address space",
         "float f(device float* q) { const float* p = q; return *p; }\n",
