@@ -19,20 +19,23 @@ LAYERS = {
     "vllm-metal-plugin": "vllm_metal_plugin",
     "vllm-metal-hub": "vllm_metal_hub",
 }
+# What a package's own tests need beyond it: the simulator's clang; transformers' converter of GGUF tokenizers.
+TEST_EXTRAS = {"metal-kernels": "cpu,simulator", "metal-models": "torch"}
 NEEDS_VLLM = ("vllm-metal-plugin", "vllm-metal-hub")
 PYTHON = "3.11"
 # One compiled cache for all sessions would hide nothing and saves a minute.
 TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def install(session: nox.Session, dist: str, *groups: str, kernel_extras: str = "cpu") -> None:
+def install(session: nox.Session, dist: str, *groups: str, extras: dict[str, str] | None = None) -> None:
     """Install ``dist`` and the layers below it, not editable, with the locked versions of everything else."""
     locked = ("--constraint", "requirements-dev.lock")
     if dist in NEEDS_VLLM:
         # vLLM is built from source without isolation, so what its build imports comes first.
         session.install("--group", "build-vllm", *locked)
+    chosen = {"metal-kernels": "cpu"} | (extras or {})
     below = list(LAYERS)[: list(LAYERS).index(dist) + 1]
-    paths = [f"./packages/{name}" + (f"[{kernel_extras}]" if name == "metal-kernels" else "") for name in below]
+    paths = [f"./packages/{name}" + (f"[{chosen[name]}]" if name in chosen else "") for name in below]
     session.install(*paths, *(flag for group in groups for flag in ("--group", group)), *locked)
 
 
@@ -50,8 +53,8 @@ def tests(session: nox.Session, dist: str) -> None:
     """Run one package's tests where only that package and the layers below it are installed."""
     # mx.compile on MLX's CPU backend calls a C++ compiler.
     apt_install(session, "g++", "g++")
-    # The simulator brings its own clang; only the kernels' tests run kernels in it.
-    install(session, dist, "test", kernel_extras="cpu,simulator" if dist == "metal-kernels" else "cpu")
+    extras = {name: extra for name, extra in TEST_EXTRAS.items() if name == dist}
+    install(session, dist, "test", "demo", extras=extras)
     check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
     command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", *session.posargs]
     session.run(*command, env=TEST_ENV)

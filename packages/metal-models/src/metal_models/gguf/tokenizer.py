@@ -1,10 +1,11 @@
 """The tokenizer that a GGUF file's metadata describes, in transformers' files."""
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from metal_models.errors import UnsupportedModelError
+from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.gguf.file import GGUFFile
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,13 @@ def write_tokenizer(file: GGUFFile, directory: Path) -> None:
 
     Raises:
         UnsupportedModelError: transformers cannot convert the file's tokenizer.
+        MetalModelsError: torch, which that converter imports, is not installed.
     """
+    if find_spec("torch") is None:
+        raise MetalModelsError(
+            "[write_tokenizer] expected torch, which transformers' converter imports, got none. "
+            "Run: pip install 'metal-models[torch]'."
+        )
     from transformers import AutoTokenizer
 
     try:
