@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from vllm_metal_hub import errors
-from vllm_metal_hub.errors import HubError
+from vllm_metal_hub.errors import HubError, NetworkError
 from vllm_metal_hub.fetch import Request, request_line
 from vllm_metal_hub.settings import HubSettings
 
@@ -23,8 +25,12 @@ _KINDS: dict[str, type[HubError]] = {
 }  # fmt: skip
 
 
-def run_fetch(request: Request, settings: HubSettings, on_event: OnEvent) -> dict[str, Any]:
-    """Run one request in a process of its own; ``on_event`` hears everything but the last event.
+def run_fetch(
+    request: Request, settings: HubSettings, on_event: OnEvent, *, limit_s: float | None = None
+) -> dict[str, Any]:
+    """Run one request in a process of its own, for at most ``limit_s`` seconds.
+
+    ``on_event`` hears everything but the last event.
 
     Raises:
         HubError: the kind that the process ended with; NetworkError if it ended without a word.
@@ -36,6 +42,10 @@ def run_fetch(request: Request, settings: HubSettings, on_event: OnEvent) -> dic
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
+    timer = threading.Timer(limit_s or threading.TIMEOUT_MAX, process.kill)
+    timer.daemon = True
+    timer.start()
+    started = time.monotonic()
     try:
         process.stdin.write(request_line(request))
         process.stdin.flush()
@@ -48,9 +58,13 @@ def run_fetch(request: Request, settings: HubSettings, on_event: OnEvent) -> dic
             return last
         if last.get("event") == "error":
             raise _KINDS.get(last["kind"], HubError)(last["text"])
+        if limit_s is not None and time.monotonic() - started >= limit_s:
+            endpoint = settings.endpoint(request.source)
+            raise NetworkError(f"[pull] expected an answer of {endpoint} within {limit_s:.0f} s, got none. Try later.")
         said = (process.stderr.read().strip().splitlines() or ["nothing"])[-1]
         raise HubError(f"[pull] expected a result of the fetching process, got: {said}. Please report this.")
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
@@ -73,6 +87,14 @@ def fetch_environment(settings: HubSettings) -> dict[str, str]:
     }
     for name, value in defaults.items():
         env.setdefault(name, value)
+    env.update(
+        {
+            "VLLM_METAL_HUB_HOME": str(settings.home),
+            "VLLM_METAL_HUB_TIMEOUT": str(settings.timeout_s),
+            "VLLM_METAL_HUB_RETRIES": str(settings.retries),
+            "HF_HUB_CACHE": str(settings.hf_cache),
+        }
+    )
     env.pop("HF_HUB_OFFLINE", None)  # whoever starts this process has decided to use the network
     env.pop("TRANSFORMERS_OFFLINE", None)
     return env

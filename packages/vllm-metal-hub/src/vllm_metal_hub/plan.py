@@ -59,7 +59,8 @@ def plan(options: argparse.Namespace) -> int:
     if not found.fits:
         raise HubError(
             f"[plan] expected room for the cache of one request to {found.model}, got "
-            f"{bytes_text(max(found.kv_cache_bytes, 0))}. Choose a smaller or more quantized model, or raise VLLM_METAL_MEMORY_FRACTION."
+            f"{bytes_text(max(found.kv_cache_bytes, 0))}. "
+            "Choose a smaller or more quantized model, or raise VLLM_METAL_MEMORY_FRACTION."
         )
     return 0
 

@@ -19,6 +19,7 @@ from vllm_metal_hub.snapshot import LocalSnapshot, SnapshotSource
 
 RESOLVED = "VLLM_METAL_HUB_RESOLVED"
 CHECK_S = 3.0  # how long `update="check"` waits for a hub before it keeps the pinned copy
+START_S = 5.0  # and for the process that asks it to start
 _BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
 
 
@@ -185,11 +186,11 @@ class _Resolution:
 
     def _is_current(self, source: Source, before: Manifest) -> bool:
         """Ask the hub what the branch is now; with "check", briefly."""
-        settings = self.settings
+        settings, limit_s = self.settings, None
         if settings.update == "check":
-            settings = replace(settings, timeout_s=CHECK_S, retries=1)
+            settings, limit_s = replace(settings, timeout_s=CHECK_S, retries=1), CHECK_S + START_S
         request = replace(self._request(source), only_list=True)
-        return bool(run_fetch(request, settings, self.on_event)["commit"] == before.commit)
+        return bool(run_fetch(request, settings, self.on_event, limit_s=limit_s)["commit"] == before.commit)
 
     def _request(self, source: Source) -> Request:
         other = [s for s in _BOTH if s != source]

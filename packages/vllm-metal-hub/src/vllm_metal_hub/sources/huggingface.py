@@ -30,15 +30,22 @@ class HuggingFace:
         _set_timeouts(settings.timeout_s)
 
     def list_files(self, repo: str, revision: str | None) -> Listing:
-        """Two requests: the commit of ``revision``, then its tree."""
+        """Two requests: the commit of ``revision``, then its tree (more for very many files)."""
 
         def ask() -> Listing:
             commit = self._api.model_info(repo, revision=revision, timeout=self._timeout_s).sha
-            tree = self._api.list_repo_tree(repo, recursive=True, revision=commit)
-            files = (_entry(item) for item in tree if isinstance(item, huggingface_hub.hf_api.RepoFile))
-            return Listing(str(commit), tuple(files))
+            return Listing(str(commit), tuple(self._tree(repo, str(commit))))
 
         return self._translated(f"{repo}@{revision or 'main'}", ask)
+
+    def _tree(self, repo: str, commit: str) -> Iterator[FileEntry]:
+        """The pages of a tree; the library's own call repeats each of them six times when the hub is down."""
+        url = f"{self.endpoint}/api/models/{repo}/tree/{commit}?recursive=true"
+        while url:
+            page = get_session().get(url, headers=build_hf_headers(token=self._token))
+            hf_raise_for_status(page)
+            yield from (_entry(item) for item in page.json() if item["type"] == "file")
+            url = page.links.get("next", {}).get("url", "")
 
     @contextmanager
     def open(self, repo: str, commit: str, path: str, start: int) -> Iterator[ByteStream]:
@@ -75,7 +82,7 @@ class HuggingFace:
             raise self._http_error(what, error) from error
         except (_transport_error(), hf_errors.LocalEntryNotFoundError, TimeoutError) as error:
             raise TransientError(f"{self.endpoint}: {type(error).__name__}: {error}") from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise NetworkError(
                 f"[pull] expected the Hugging Face API at {self.endpoint}, got something else ({error}). "
                 "Check HF_ENDPOINT, and that no login page stands in between."
@@ -93,9 +100,9 @@ class HuggingFace:
 
 
 def _entry(item: Any) -> FileEntry:
-    if item.lfs is not None:
-        return FileEntry(item.path, item.lfs.size, f"sha256:{item.lfs.sha256}")
-    return FileEntry(item.path, item.size, f"git-sha1:{item.blob_id}")
+    if item.get("lfs"):
+        return FileEntry(item["path"], item["lfs"]["size"], f"sha256:{item['lfs']['oid']}")
+    return FileEntry(item["path"], item["size"], f"git-sha1:{item['oid']}")
 
 
 def _raise_for_status(response: Any) -> None:

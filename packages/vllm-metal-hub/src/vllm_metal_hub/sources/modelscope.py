@@ -33,9 +33,15 @@ class ModelScope:
     def list_files(self, repo: str, revision: str | None) -> Listing:
         """One request; the library repeats it on errors of the server."""
         branch = branch_of(revision)
-        raw = self._translated(
-            f"{repo}@{branch}", lambda: self._client.list_repo_files(repo, "model", revision=branch, recursive=True)
-        )
+        try:
+            raw = self._translated(
+                f"{repo}@{branch}",
+                lambda: self._client.list_repo_files(repo, "model", revision=branch, recursive=True),
+            )
+        except TransientError as error:  # the library has tried four times
+            raise NetworkError(
+                f"[pull] expected the file list of {repo}, got {error}. Check the network, or try another source."
+            ) from error
         files = tuple(
             FileEntry(
                 item["Path"], int(item.get("Size") or 0), f"sha256:{item['Sha256']}" if item.get("Sha256") else ""
@@ -78,7 +84,8 @@ class ModelScope:
             ) from error
         except (ms_errors.RateLimitError, ms_errors.ServerError, ms_errors.NetworkError) as error:
             after = getattr(error, "retry_after", None)
-            raise TransientError(f"{self.endpoint}: {error}", float(after) if after is not None else None) from error
+            said = str(error).splitlines()[0]
+            raise TransientError(f"{self.endpoint}: {said}", float(after) if after is not None else None) from error
         except ms_errors.APIError as error:
             raise NetworkError(
                 f"[pull] expected {what} from {self.endpoint}, got {error}. Try again later."
