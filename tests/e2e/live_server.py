@@ -26,9 +26,7 @@ def free_port() -> int:
 
 def environment(**extra: str) -> dict[str, str]:
     """The caller's environment without anything that would help the launch along."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "MLX_"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "MLX_"))}
     return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **extra}
 
 

@@ -19,9 +19,7 @@ SMALL = ("--max-model-len", "256", "--max-num-seqs", "2")
 def test_sigterm_ends_every_process(smollm2: Path, tmp_path: Path) -> None:
     with serving(smollm2, tmp_path / "log", *SMALL) as server:
         assert len(processes_of_group(server.process.pid)) > 1
-        stream = server.client().completions.create(
-            model=str(smollm2), prompt="Once", max_tokens=200, stream=True
-        )
+        stream = server.client().completions.create(model=str(smollm2), prompt="Once", max_tokens=200, stream=True)
         next(iter(stream))
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
@@ -41,9 +39,7 @@ def test_plain_serve_where_the_hostname_does_not_resolve(smollm2: Path, tmp_path
     if probe.returncode:
         pytest.skip(f"this machine does not let a test rename its host: {probe.stderr.decode().strip()}")
     lookup = "import socket; socket.gethostbyname(socket.gethostname())"
-    assert (
-        subprocess.run([*inside, *rename, sys.executable, "-c", lookup], capture_output=True).returncode != 0
-    )
+    assert subprocess.run([*inside, *rename, sys.executable, "-c", lookup], capture_output=True).returncode != 0
     with serving(smollm2, tmp_path / "log", *SMALL, prefix=(*inside, *rename)) as server:
         answer = server.client().completions.create(model=str(smollm2), prompt="Hello", max_tokens=3)
         assert answer.usage.completion_tokens == 3

@@ -34,10 +34,7 @@ def test_completion_is_reproducible_and_counts_tokens(client: openai.OpenAI) -> 
 def test_streaming_gives_the_same_text_piece_by_piece(client: openai.OpenAI) -> None:
     options = {"model": "smollm2", "messages": QUESTION, "temperature": 0, "max_tokens": 24}
     whole = client.chat.completions.create(**options).choices[0].message.content
-    pieces = [
-        chunk.choices[0].delta.content or ""
-        for chunk in client.chat.completions.create(**options, stream=True)
-    ]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**options, stream=True)]
     assert "".join(pieces) == whole
     assert len([piece for piece in pieces if piece]) > 3
 
@@ -182,9 +179,7 @@ def test_prompt_logprobs_agree_with_generated_ones(client: openai.OpenAI) -> Non
 
 def test_same_seed_same_text_other_seed_other_text(client: openai.OpenAI) -> None:
     def text(seed: int) -> str:
-        answer = client.completions.create(
-            model="smollm2", prompt=STORY, temperature=1.0, max_tokens=24, seed=seed
-        )
+        answer = client.completions.create(model="smollm2", prompt=STORY, temperature=1.0, max_tokens=24, seed=seed)
         return answer.choices[0].text
 
     assert text(11) == text(11)
@@ -232,9 +227,7 @@ def test_thirty_two_concurrent_requests(server: Server, client: openai.OpenAI) -
 
     async def together() -> list[str]:
         async with server.async_client() as many:
-            answers = await asyncio.gather(
-                *(many.completions.create(prompt=prompt, **options) for prompt in prompts)
-            )
+            answers = await asyncio.gather(*(many.completions.create(prompt=prompt, **options) for prompt in prompts))
         return [answer.choices[0].text for answer in answers]
 
     texts = asyncio.run(together())

