@@ -39,7 +39,8 @@ def wheel_problems(path: Path, versions: dict[str, str]) -> list[str]:
         problems.append(f"{path.name}: expected no code, got {code[:3]}. Keep bypass-selection on.")
     if dist in CODE:
         top = dist.replace("-", "_")
-        problems += [f"{path.name}: {name} lies outside {top}/" for name in code if not name.startswith(f"{top}/")]
+        allowed = (f"{top}/", f"{BESIDE.get(dist, top)}/")
+        problems += [f"{path.name}: {name} lies outside {top}/" for name in code if not name.startswith(allowed)]
         if f"{top}/py.typed" not in names:
             problems.append(f"{path.name}: expected {top}/py.typed. Add the file.")
     if not any("licenses/LICENSE" in name for name in names):
