@@ -3,9 +3,10 @@
 
 def install() -> None:
     """Install the workarounds that every process needs; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import accelerator_empty_cache
+    from vllm_metal_plugin.upstream_fixes import accelerator_empty_cache, open_connections_at_shutdown
 
     accelerator_empty_cache.install()
+    open_connections_at_shutdown.install()
 
 
 def install_in_engine_core() -> None:
