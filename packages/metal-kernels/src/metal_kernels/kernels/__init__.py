@@ -1,0 +1,25 @@
+"""The kernels: one body each that runs on Metal and, through a short prelude, on CUDA.
+
+Cache writes happen in place. The array that a write returns as order token is a real output of its kernel, and every
+kernel that reads the cache takes it as an input: that alone orders the two, within a step and between steps.
+"""
+
+from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
+from metal_kernels.kernels.cache_write import reshape_and_cache
+from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels
+from metal_kernels.kernels.paged_decode import paged_decode
+from metal_kernels.kernels.self_test import writes_in_place
+from metal_kernels.kernels.step import paged_attention
+
+__all__ = [
+    "Accepted",
+    "Rejected",
+    "copy_blocks",
+    "decode_kernel",
+    "gather_blocks",
+    "page_kernels",
+    "paged_attention",
+    "paged_decode",
+    "reshape_and_cache",
+    "writes_in_place",
+]

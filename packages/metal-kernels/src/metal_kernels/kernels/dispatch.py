@@ -1,0 +1,102 @@
+"""Which kernel variant serves a call, or why none does."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+
+from metal_kernels.device import Target
+
+_Variant = TypeVar("_Variant")
+
+FLOAT_DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+HEAD_SIZES = (64, 80, 96, 128, 192, 256)
+BLOCK_SIZES = (8, 16, 32)
+
+_LOAD_BYTES = 16  # what a lane loads at once where the head size allows it
+_MAX_HELD = 32  # floats of the query that a lane holds: as many for the output, and the keys beside them
+_MAX_SHARED = 512  # floats of output that a SIMD-group puts into threadgroup memory for eight of them to fit
+
+
+@dataclass(frozen=True)
+class Accepted(Generic[_Variant]):
+    """The variant to launch."""
+
+    variant: _Variant
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why plain MLX has to do it."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class PageKernels:
+    """Writes, copies and gathers: they know no head size."""
+
+
+@dataclass(frozen=True)
+class DecodeVariant:
+    """How paged decode is laid out; the names are the body's.
+
+    Args:
+        heads: Query heads of one threadgroup.
+        lanes: Lanes that share a key.
+        simdgroups: SIMD-groups of a threadgroup.
+        unrolled: Keys that a lane loads before it uses one.
+        parts: Threadgroups that share the query heads of one key head.
+    """
+
+    heads: int
+    lanes: int
+    simdgroups: int
+    unrolled: int
+    parts: int
+
+
+def page_kernels(target: Target, dtype: mx.Dtype, size: int) -> Accepted[PageKernels] | Rejected:
+    """Decide on the kernels that move rows and blocks of a cache of ``size`` elements."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"the cache is {dtype}; kernels know float16, bfloat16 and float32")
+    if size < 8:
+        return Rejected("MLX passes a cache of fewer than 8 elements as constant memory, which cannot be written")
+    return Accepted(PageKernels())
+
+
+@cache
+def decode_kernel(
+    target: Target,
+    query_dtype: mx.Dtype,
+    cache_dtype: mx.Dtype,
+    head_size: int,
+    block_size: int,
+    group: int,
+) -> Accepted[DecodeVariant] | Rejected:
+    """Decide on paged decode for ``group`` query heads per key head."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if query_dtype not in FLOAT_DTYPES or cache_dtype not in FLOAT_DTYPES:
+        return Rejected(f"query is {query_dtype}, cache {cache_dtype}; kernels know float16, bfloat16 and float32")
+    if head_size not in HEAD_SIZES:
+        return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
+    if block_size not in BLOCK_SIZES:
+        return Rejected(f"block size {block_size} is not one of {BLOCK_SIZES}")
+    return Accepted(decode_variant(cache_dtype, head_size, group))
+
+
+def decode_variant(cache_dtype: mx.Dtype, head_size: int, group: int) -> DecodeVariant:
+    """Lay out paged decode so that lanes load whole words and hold their share in registers."""
+    width = _LOAD_BYTES // cache_dtype.size
+    lanes = next((lanes for lanes in (8, 16, 32) if head_size % lanes == 0 and head_size // lanes <= width), 8)
+    while head_size % (lanes * 2) == 0 and lanes < 32 and head_size // lanes > _MAX_HELD // 2:
+        lanes *= 2
+    held = head_size // lanes
+    parts = -(-group // max(1, _MAX_HELD // held))
+    heads = -(-group // parts)
+    simdgroups = 8 if heads * head_size <= _MAX_SHARED else 4
+    return DecodeVariant(heads, lanes, simdgroups, 4 if held <= 8 else 2, parts)

@@ -1,0 +1,125 @@
+// Attention of one query row over one range of its keys, for HEADS query heads that share a key head.
+// A group of LANES lanes takes a key and a value at a time; each lane holds WIDTH consecutive dimensions.
+// Scores are in units of log2. DIRECT is 1 if every row has one range: then it writes the result.
+constexpr int WIDTH = HEAD_SIZE / LANES;
+constexpr int STREAMS = SIMDGROUPS * 32 / LANES;
+constexpr int Q_HEADS = KV_HEADS * GROUP;
+constexpr int PARTS = (GROUP + HEADS - 1) / HEADS;
+constexpr float LOWEST = -3.0e38f;
+THREADGROUP_ARRAY(float, all_out, SIMDGROUPS * HEADS * HEAD_SIZE);
+THREADGROUP_ARRAY(float, all_max, SIMDGROUPS * HEADS);
+THREADGROUP_ARRAY(float, all_sum, SIMDGROUPS * HEADS);
+
+const int work = int(threadgroup_position_in_grid.x) / (KV_HEADS * PARTS);
+const int head_part = int(threadgroup_position_in_grid.x) % (KV_HEADS * PARTS);
+const int kv_head = head_part / PARTS;
+const int first_head = head_part % PARTS * HEADS;  // within the group
+const int simdgroup_index = int(simdgroup_index_in_threadgroup);
+const int lane = int(thread_index_in_simdgroup) % LANES;
+const int stream = simdgroup_index * (32 / LANES) + int(thread_index_in_simdgroup) / LANES;
+const int row = work_in[work * 4];
+const int table = work_in[work * 4 + 1];
+const int begin = work_in[work * 4 + 2];
+const int end = work_in[work * 4 + 3];
+
+float q[HEADS][WIDTH];
+float o[HEADS][WIDTH];
+float max_score[HEADS];
+float sum[HEADS];
+UNROLL for (int h = 0; h < HEADS; ++h) {
+  const int head = kv_head * GROUP + min(first_head + h, GROUP - 1);
+  max_score[h] = LOWEST;
+  sum[h] = 0.0f;
+  UNROLL for (int i = 0; i < WIDTH; ++i) {
+    const long at = row * query_in_strides[0] + head * query_in_strides[1] + (lane * WIDTH + i) * query_in_strides[2];
+    q[h][i] = to_f32(query_in[at]) * factors_in[0];
+    o[h][i] = 0.0f;
+  }
+}
+// Every lane makes the same number of rounds, so that all take part in the shuffles.
+for (int round = begin; round < end; round += STREAMS * UNROLLED) {
+  float k[UNROLLED][WIDTH];
+  float v[UNROLLED][WIDTH];
+  UNROLL for (int u = 0; u < UNROLLED; ++u) {
+    const int position = min(round + u * STREAMS + stream, end - 1);
+    const long block = block_table_in[table + position / BLOCK_SIZE];
+    const long at = ((block * 2 * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_SIZE + lane * WIDTH;
+    load_f32<WIDTH>(kv_cache_in + at, k[u]);
+    load_f32<WIDTH>(kv_cache_in + at + BLOCK_SIZE * KV_HEADS * HEAD_SIZE, v[u]);
+  }
+  UNROLL for (int h = 0; h < HEADS; ++h) {
+    float score[UNROLLED];
+    float highest = max_score[h];
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      float s = 0.0f;
+      UNROLL for (int i = 0; i < WIDTH; ++i) s += q[h][i] * k[u][i];
+      UNROLL for (int step = LANES / 2; step > 0; step /= 2) s += simd_shuffle_xor(s, step);
+      if (SOFT_CAP) s = tanh_precise(s) * factors_in[1];
+      score[u] = round + u * STREAMS + stream < end ? s : LOWEST;
+      highest = max(highest, score[u]);
+    }
+    const float shrink = exp2_fast(max_score[h] - highest);
+    max_score[h] = highest;
+    sum[h] *= shrink;
+    UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] *= shrink;
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      const float weight = round + u * STREAMS + stream < end ? exp2_fast(score[u] - highest) : 0.0f;
+      sum[h] += weight;
+      UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] += weight * v[u][i];
+    }
+  }
+}
+// Join the streams of a SIMD-group, then the SIMD-groups.
+UNROLL for (int h = 0; h < HEADS; ++h) {
+  UNROLL for (int step = LANES; step < 32; step *= 2) {
+    const float other = simd_shuffle_xor(max_score[h], step);
+    const float highest = max(max_score[h], other);
+    const float mine = exp2_fast(max_score[h] - highest);
+    const float theirs = exp2_fast(other - highest);
+    max_score[h] = highest;
+    sum[h] = sum[h] * mine + simd_shuffle_xor(sum[h], step) * theirs;
+    UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] = o[h][i] * mine + simd_shuffle_xor(o[h][i], step) * theirs;
+  }
+  if (int(thread_index_in_simdgroup) < LANES) {
+    const int at = simdgroup_index * HEADS + h;
+    UNROLL for (int i = 0; i < WIDTH; ++i) all_out[at * HEAD_SIZE + lane * WIDTH + i] = o[h][i];
+    if (lane == 0) {
+      all_max[at] = max_score[h];
+      all_sum[at] = sum[h];
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int e = int(thread_position_in_threadgroup.x); e < HEADS * HEAD_SIZE; e += SIMDGROUPS * 32) {
+  const int h = e / HEAD_SIZE;
+  const int i = e % HEAD_SIZE;
+  if (first_head + h < GROUP) {
+    const int head = kv_head * GROUP + first_head + h;
+    float highest = LOWEST;
+    for (int s = 0; s < SIMDGROUPS; ++s) highest = max(highest, all_max[s * HEADS + h]);
+    float total = 0.0f;
+    float value = 0.0f;
+    for (int s = 0; s < SIMDGROUPS; ++s) {
+      const float weight = exp2_fast(all_max[s * HEADS + h] - highest);
+      total += weight * all_sum[s * HEADS + h];
+      value += weight * all_out[(s * HEADS + h) * HEAD_SIZE + i];
+    }
+    const long at = long(work) * Q_HEADS + head;
+#if DIRECT
+    if (SINKS) {
+      const float sink = sinks_in[head] * 1.44269504f;
+      const float joined = max(highest, sink);
+      const float shrink = exp2_fast(highest - joined);
+      total = total * shrink + exp2_fast(sink - joined);
+      value *= shrink;
+    }
+    out[at * HEAD_SIZE + i] = from_f32<T>(value / total);
+#else
+    partial_out[at * HEAD_SIZE + i] = value;
+    if (i == 0) {
+      partial_stats[at * 2] = highest;
+      partial_stats[at * 2 + 1] = total;
+    }
+#endif
+  }
+}

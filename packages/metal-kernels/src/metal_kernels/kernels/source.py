@@ -1,0 +1,85 @@
+"""A kernel whose one body is launched through MLX on Metal or on CUDA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from metal_kernels.device import target
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class PortableKernel:
+    """A kernel, compiled by MLX at its first call for each combination of dtypes and template values.
+
+    Inputs are passed as they lie in memory: a kernel that does not read an input's strides needs it contiguous.
+
+    Args:
+        name: Of the kernel; bodies with other ``defines`` need another name.
+        inputs: Names of the inputs in the body.
+        outputs: Names of the outputs in the body.
+        body: File of the body in this folder.
+        defines: Preprocessor lines that the body depends on.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+    defines: str = ""
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+        *,
+        threadgroups: tuple[int, int],
+        threads: int,
+        template: dict[str, int | mx.Dtype],
+    ) -> list[mx.array]:
+        """Launch whole threadgroups of ``threads`` threads; ``outputs`` are shapes and dtypes."""
+        compiled = self._cuda if target() == "cuda" else self._metal
+        launched: list[mx.array] = compiled(
+            inputs=list(inputs),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+            grid=(threadgroups[0] * threads, threadgroups[1], 1),
+            threadgroup=(threads, 1, 1),
+            template=list(template.items()),
+        )
+        return launched
+
+    @cached_property
+    def _metal(self) -> Any:
+        return mx.fast.metal_kernel(**self._parts("prelude_metal.h"))
+
+    @cached_property
+    def _cuda(self) -> Any:
+        return mx.fast.cuda_kernel(**self._parts("prelude_cuda.h"))
+
+    def _parts(self, prelude: str) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "input_names": list(self.inputs),
+            "output_names": list(self.outputs),
+            "header": self.defines + (_FOLDER / prelude).read_text(),
+            "source": (_FOLDER / self.body).read_text(),
+            "ensure_row_contiguous": False,
+        }
+
+
+@cache
+def constants(*values: float) -> mx.array:
+    """Return ``values`` as a float32 array of eight elements, zero-padded."""
+    return mx.array(np.pad(np.array(values, np.float32), (0, 8 - len(values))))
+
+
+def order_input(order_token: mx.array | None) -> mx.array:
+    """Return what a reader takes as its order token: a constant if there is nothing to wait for."""
+    return constants(0.0) if order_token is None or order_token.size == 0 else order_token
