@@ -83,16 +83,19 @@ def paged_decode(
     }
     finish: dict[str, int | mx.Dtype] = {"T": query.dtype, "SINKS": sinks is not None}
     sink_input = constants(0.0) if sinks is None else sinks.astype(mx.float32)
-    launch = {"threadgroups": (plan.num_ranges * per_range, 1), "threads": variant.simdgroups * 32}
+    threadgroups, threads = (plan.num_ranges * per_range, 1), variant.simdgroups * 32
     result = ((len(requests), q_heads, head_size), query.dtype)
     if plan.direct:
-        return _DIRECT([*inputs, sink_input], [result], template=template | finish, **launch)[0]
+        return _DIRECT(
+            [*inputs, sink_input], [result], template=template | finish, threadgroups=threadgroups, threads=threads
+        )[0]
     partial = (plan.num_ranges, q_heads)
     partials = _SPLIT(
         inputs,
         [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)],
         template=template,
-        **launch,
+        threadgroups=threadgroups,
+        threads=threads,
     )
     return _REDUCE(
         [*partials, plan.ranges, sink_input],
