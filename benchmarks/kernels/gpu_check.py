@@ -78,6 +78,22 @@ def check_copy(dtype: mx.Dtype) -> str:
     return "ok"
 
 
+def check_public(dtype: mx.Dtype) -> str:
+    batch, blocks = batch_of([40, 17, 300], 16, [1, 5, 100])
+    cache = mx.random.normal((blocks, 2, 16, 2, 64)).astype(dtype)
+    query = mx.random.normal((106, 4, 64)).astype(dtype)
+    key, value = (mx.random.normal((106, 2, 64)).astype(dtype) for _ in range(2))
+    at = np.concatenate([np.arange(n - rows, n) for n, rows in ((40, 1), (17, 5), (300, 100))])
+    request = np.repeat(np.arange(3), [1, 5, 100])
+    slots = mx.array((batch.block_table[request, at // 16] * 16 + at % 16).astype(np.int32))
+    twin, _ = reference.reshape_and_cache(key, value, cache + 0, slots)
+    want = reference.paged_attention(*(a.astype(mx.float32) for a in (query, twin)), batch, scale=0.125)
+    mx.eval(cache, want)
+    pages, token = metal_kernels.reshape_and_cache(key, value, cache, slots)
+    out = metal_kernels.paged_attention(query, pages, batch, scale=0.125, order_token=token)
+    return close(out, want, dtype)
+
+
 def check_attention(
     dtype: mx.Dtype,
     head_size: int,
@@ -106,6 +122,7 @@ def checks(quick: bool) -> None:
     for dtype in FLOAT_DTYPES:
         case(f"write {dtype}", lambda d=dtype: check_write(d))
         case(f"copy {dtype}", lambda d=dtype: check_copy(d))
+        case(f"public functions {dtype}", lambda d=dtype: check_public(d))
     bf16 = mx.bfloat16
     case("mixed, several rows", lambda: check_attention(bf16, 128, query_lens=[1, 4, 300, 1]))
     case("window", lambda: check_attention(bf16, 128, sliding_window=1000))

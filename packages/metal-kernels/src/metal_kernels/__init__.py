@@ -1,8 +1,11 @@
 """GPU functions on mx.array for serving LLMs: paged attention, cache writes and their plain-MLX twins."""
 
 from metal_kernels.blas import prefer_fast_blas
+from metal_kernels.command_buffers import allow_large_command_buffers
 
-prefer_fast_blas()  # only works before mlx.core is imported
+# Both only work before mlx.core is imported.
+prefer_fast_blas()
+allow_large_command_buffers()
 
 # ruff: noqa: E402
 from metal_kernels import reference

@@ -3,7 +3,7 @@
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
-from metal_kernels import reference
+from metal_kernels import kernels, reference
 from metal_kernels.checks import require_kv_cache, require_rows
 
 
@@ -32,4 +32,6 @@ def copy_blocks(
     """
     require_kv_cache("copy_blocks", kv_cache)
     require_rows("copy_blocks", "dst_blocks", dst_blocks, src_blocks.shape)
+    if kernels.move_pages(kv_cache):
+        return kernels.copy_blocks(kv_cache, src_blocks, dst_blocks, order_token=order_token)
     return reference.copy_blocks(kv_cache, src_blocks, dst_blocks, order_token=order_token)

@@ -3,8 +3,9 @@
 import mlx.core as mx
 from jaxtyping import Float
 
-from metal_kernels import reference
+from metal_kernels import kernels, reference
 from metal_kernels.checks import require_kv_cache, require_rows
+from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.ragged import RaggedBatch
 
@@ -60,6 +61,18 @@ def paged_attention(
         raise MetalKernelsError(
             f"[paged_attention] expected a sliding window of at least 1, got {sliding_window}. "
             "Pass None for full attention."
+        )
+    if kernels.move_pages(kv_cache):
+        return kernels.paged_attention(
+            query,
+            kv_cache,
+            batch,
+            kernels.decode_kernel(target(), query.dtype, kv_cache.dtype, head_size, block_size, q_heads // kv_heads),
+            scale=scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            order_token=order_token,
         )
     return reference.paged_attention(
         query,

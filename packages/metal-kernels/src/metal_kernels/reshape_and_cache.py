@@ -3,7 +3,7 @@
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
-from metal_kernels import reference
+from metal_kernels import kernels, reference
 from metal_kernels.checks import require_kv_cache, require_rows
 
 
@@ -15,8 +15,9 @@ def reshape_and_cache(
 ) -> tuple[Float[mx.array, "blocks 2 block_size kv_heads head_size"], mx.array]:
     """Write each token's key and value at its slot.
 
-    The write costs the rows written, not the cache, if ``kv_cache`` is used as :mod:`metal_kernels.reference`
-    says: replace the array you passed by the one returned, and keep no view of it.
+    On a GPU the rows are written into ``kv_cache`` itself, once the order token is evaluated. Elsewhere the write
+    costs the rows written, not the cache, if ``kv_cache`` is used as :mod:`metal_kernels.reference` says: replace the
+    array you passed by the one returned, and keep no view of it.
 
     Args:
         key: New keys, in any float dtype; stored in the cache's.
@@ -35,4 +36,6 @@ def reshape_and_cache(
     rows = (slot_mapping.size, *kv_cache.shape[3:])
     require_rows("reshape_and_cache", "key", key, rows)
     require_rows("reshape_and_cache", "value", value, rows)
+    if kernels.move_pages(kv_cache):
+        return kernels.reshape_and_cache(key, value, kv_cache, slot_mapping)
     return reference.reshape_and_cache(key, value, kv_cache, slot_mapping)

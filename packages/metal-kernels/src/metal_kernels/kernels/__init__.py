@@ -8,7 +8,7 @@ from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels
 from metal_kernels.kernels.paged_decode import paged_decode
-from metal_kernels.kernels.self_test import writes_in_place
+from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.step import paged_attention
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "copy_blocks",
     "decode_kernel",
     "gather_blocks",
+    "move_pages",
     "page_kernels",
     "paged_attention",
     "paged_decode",

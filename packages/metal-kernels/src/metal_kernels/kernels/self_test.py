@@ -5,10 +5,17 @@ from functools import cache
 
 import mlx.core as mx
 
+from metal_kernels.device import target
 from metal_kernels.kernels.blocks import gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
+from metal_kernels.kernels.dispatch import Accepted, page_kernels
 
 _ROUNDS = 8
+
+
+def move_pages(kv_cache: mx.array) -> bool:
+    """Whether kernels read and write the pages of ``kv_cache``, on the default device."""
+    return isinstance(page_kernels(target(), kv_cache.dtype, kv_cache.size), Accepted) and writes_in_place()
 
 
 def writes_in_place() -> bool:

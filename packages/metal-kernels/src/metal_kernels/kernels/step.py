@@ -50,8 +50,8 @@ def paged_attention(
     if batch.num_tokens == 0:
         return query
     outputs, rows = [], []
-    singles = np.flatnonzero(batch.query_lens == 1).astype(np.int32)
-    others = np.flatnonzero(batch.query_lens > (0 if isinstance(decode, Rejected) else 1)).astype(np.int32)
+    most = 1 if isinstance(decode, Accepted) else 0  # rows of a request that is not gathered
+    singles, others = batch.once(("requests by rows", most), lambda: _by_rows(batch, most))
     if isinstance(decode, Accepted) and singles.size:
         out = paged_decode(
             query,
@@ -70,7 +70,7 @@ def paged_attention(
     if others.size:
         block_size = kv_cache.shape[2]
         part = batch.once(
-            ("gathered", sliding_window, block_size, others.size),
+            ("gathered", sliding_window, block_size, most),
             lambda: _gathered(batch, others, sliding_window, block_size),
         )
         in_order = len(part.rows) == int(part.rows[-1] - part.rows[0]) + 1
@@ -82,10 +82,19 @@ def paged_attention(
         outputs.append(out)
         rows.append(part.rows)
     joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-    order = np.concatenate(rows)
-    if (np.diff(order) == 1).all():
-        return joined
-    return joined[mx.array(np.argsort(order).astype(np.uint32))]
+    restore = batch.once(("restore order", most), lambda: _restoring(np.concatenate(rows)))
+    return joined if restore is None else joined[restore]
+
+
+def _by_rows(batch: RaggedBatch, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the requests with exactly one row, if ``most`` is 1, and those with more than ``most`` rows."""
+    singles, others = (batch.query_lens == 1) & (most == 1), batch.query_lens > most
+    return np.flatnonzero(singles).astype(np.int32), np.flatnonzero(others).astype(np.int32)
+
+
+def _restoring(order: np.ndarray) -> mx.array | None:
+    """Return the index that sorts the rows ``order``; None if they are sorted."""
+    return None if (np.diff(order) == 1).all() else mx.array(np.argsort(order).astype(np.uint32))
 
 
 def _gathered(

@@ -1,12 +1,13 @@
 """Which range of keys each threadgroup of paged decode attends to."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int32
 
-from metal_kernels.device import target
+from metal_kernels.device import Target, target
 from metal_kernels.ragged import RaggedBatch, device_array
 
 _MIN_RANGE = 256  # keys: fewer cost more to join than they save
@@ -76,7 +77,11 @@ def work_list(
 
 def wanted_groups() -> int:
     """Threadgroups that keep the default device busy."""
-    backend = target()
+    return _wanted_groups(target())
+
+
+@cache
+def _wanted_groups(backend: Target) -> int:
     if backend == "cpu":
         return 16
     cores = _CORES[backend]
