@@ -159,7 +159,15 @@ def precompiled(flags: tuple[str, ...]) -> Path:
             output = Path(folder) / "entry.pch"
             arguments = [flag for flag in flags if flag not in ("-c", "-fsyntax-only", "-ast-dump")]
             done = toolchain().run(
-                *arguments, "-c", "-Xclang", "-emit-pch", str(MSL_HEADERS / "entry.h"), "-o", str(output)
+                *arguments,
+                "-c",
+                "-Xclang",
+                "-emit-pch",
+                "-Xclang",
+                "-fno-pch-timestamp",
+                str(MSL_HEADERS / "entry.h"),
+                "-o",
+                str(output),
             )
             if done.returncode:
                 raise KernelCompileError(f"[simulator] the Metal headers do not compile:\n{done.stderr.strip()}")

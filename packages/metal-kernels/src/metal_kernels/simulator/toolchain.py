@@ -32,8 +32,11 @@ class Toolchain:
 
     @property
     def key(self) -> str:
-        """What distinguishes the code it makes, with everything this package adds to a unit."""
-        return f"{self.version}-{_sources_digest()}"
+        """What distinguishes the code it makes, with everything this package adds to a unit and where that lies.
+
+        Two builds of one clang version do not read each other's precompiled headers, nor do headers move.
+        """
+        return f"{self.version}-{self.clang}-{_HERE}-{_sources_digest()}"
 
     def run(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
         """Run clang with ``text`` as its standard input."""
