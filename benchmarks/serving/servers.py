@@ -58,7 +58,8 @@ def vllm_serve(model: Path, log: Path, *extra: str) -> contextlib.AbstractContex
 
 
 def mlx_lm_server(model: Path, log: Path) -> contextlib.AbstractContextManager[str]:
-    """mlx-lm's own server on the same weights."""
+    """mlx-lm's own server on the same weights, with the BLAS that the plugin uses."""
     port = free_port()
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
-    return running([*command, "--host", "127.0.0.1"], port, log, "/v1/models")
+    start = "from metal_kernels.blas import prefer_fast_blas; prefer_fast_blas(); import mlx_lm.server as s; s.main()"
+    command = [sys.executable, "-c", start, "--model", str(model), "--port", str(port)]
+    return running([*command, "--host", "127.0.0.1"], port, log, "/health")
