@@ -11,9 +11,11 @@ ids = st.lists(st.integers(1, 99), max_size=COLUMNS)
 
 
 class TableAgainstLists(RuleBasedStateMachine):
+    ratio = 1
+
     def __init__(self):
         super().__init__()
-        self.table = BlockTable(ROWS, COLUMNS)
+        self.table = BlockTable(ROWS, COLUMNS, self.ratio)
         self.lists = [[] for _ in range(ROWS)]
 
     @rule(row=row, ids=ids)
@@ -51,7 +53,7 @@ class TableAgainstLists(RuleBasedStateMachine):
         expected = np.zeros((len(indices), width), np.int32)
         for out, i in zip(expected, indices, strict=True):
             out[: len(self.lists[i])] = self.lists[i]
-        np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(got, kernel_block_table(expected, self.ratio))
         assert got.dtype == np.int32
 
     @rule(indices=st.lists(row, max_size=ROWS, unique=True))
@@ -69,7 +71,12 @@ class TableAgainstLists(RuleBasedStateMachine):
         self.check_rows(range(ROWS), self.table.rows(ROWS))
 
 
+class TranslatedTableAgainstLists(TableAgainstLists):
+    ratio = 5
+
+
 test_table_equals_lists = TableAgainstLists.TestCase
+test_table_in_kernel_blocks_equals_lists = TranslatedTableAgainstLists.TestCase
 
 
 def test_what_is_outside_the_table_is_refused():
@@ -83,6 +90,7 @@ def test_what_is_outside_the_table_is_refused():
         lambda: table.rows(3),
         lambda: table.rows([0, 2]),
         lambda: BlockTable(0, 3),
+        lambda: BlockTable(1, 3, 0),
     ):
         with pytest.raises(BlockTableError, match="expected"):
             misuse()
@@ -98,3 +106,4 @@ def test_kernel_blocks_follow_their_block_and_the_null_block_stays():
     table = np.array([[3, 1, 0], [2, 0, 0]], np.int32)
     assert kernel_block_table(table, 2).tolist() == [[6, 7, 2, 3, 0, 0], [4, 5, 0, 0, 0, 0]]
     assert kernel_block_table(table, 1) is table
+    assert kernel_block_table(table[:0], 2).shape == (0, 6)

@@ -163,3 +163,50 @@ def test_a_smaller_model_is_always_worth_saying_when_it_helps():
     )
     with pytest.raises(NotEnoughMemoryError, match=r"one block of tokens: 0\.20GB.*at least 1\.20GB smaller"):
         budget.require()
+
+
+def test_two_million_tokens_of_a_small_model_on_a_36_gb_mac():
+    """Qwen2.5-0.5B-4bit: 24 layers, 2 key heads of 64; Metal recommends three quarters of such a Mac's memory."""
+    spec = FullAttentionSpec(16, 2, 64, dtype=mx.bfloat16)
+    groups = [CacheGroup(tuple(map(str, range(24))), spec)]
+    budget = MemoryBudget.plan(
+        36 * (1 << 30) * 3 // 4,
+        0.9,
+        model_memory=278 * 10**6,
+        overhead=400 * 10**6,
+        per_block_bytes=bytes_per_block(groups),
+        block_size=16,
+    )
+    assert budget.per_block_bytes == 16 * 24 * 2 * 2 * 64 * 2
+    assert budget.max_tokens_cached == pytest.approx(2.0e6, rel=0.05)
+    assert budget.max_tokens_cached * 12_288 == pytest.approx(budget.kv_budget, rel=1e-3)
+    # All of Metal's share for the cache: 27 GB.
+    whole = MemoryBudget.plan(
+        27 * GB, 1.0, model_memory=0, overhead=0, per_block_bytes=bytes_per_block(groups), block_size=16
+    )
+    assert whole.max_tokens_cached == pytest.approx(2.2e6, rel=0.01)
+
+
+def test_the_length_that_a_real_server_estimates():
+    """131,072 tokens need 27.5 GiB where 21.01 GiB are there: 100,160 tokens fit, as vLLM says."""
+    per_block = 3_604_480
+    budget = MemoryBudget.plan(
+        int(21.01 * (1 << 30)), 1.0, model_memory=0, overhead=0, per_block_bytes=per_block, block_size=16
+    )
+    assert 131_072 // 16 * per_block / (1 << 30) == pytest.approx(27.5, abs=0.05)
+    assert budget.max_model_len(131_072) == pytest.approx(100_160, rel=1e-3)
+    with pytest.raises(NotEnoughMemoryError, match="reduce --max-model-len to 100"):
+        budget.require(131_072)
+
+
+def test_a_server_that_is_one_block_short():
+    """A hybrid of 10 attention layers, 2 key heads of 256: 0.7 GiB needed and 0.7 GiB there, yet 32,736 of 32,768."""
+    attention = 10 * FullAttentionSpec(32, 2, 256, dtype=mx.bfloat16).page_size_bytes
+    states = state_bytes(30, 32, 8192)
+    needed = 32_768 // 32 * attention + states
+    assert round(needed / (1 << 30), 1) == 0.7
+    budget = MemoryBudget.plan(
+        needed, 1.0, model_memory=0, overhead=0, per_block_bytes=attention, block_size=32, recurrent_state=states
+    )
+    assert round(budget.kv_budget / (1 << 30) + states / (1 << 30), 1) == 0.7
+    assert budget.max_model_len(32_768) == 32_736

@@ -7,11 +7,20 @@ from typing import TypeVar
 import mlx.core as mx
 from jaxtyping import Float
 
-from metal_kernels import copy_blocks, paged_attention, reshape_and_cache, target
+from metal_kernels import (
+    RaggedBatch,
+    concat_and_cache_mla,
+    copy_blocks,
+    mla_attention,
+    paged_attention,
+    read_pages,
+    reshape_and_cache,
+    target,
+)
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
 from metal_kv.layout import CacheLayout, LayerPlace
-from metal_kv.spec import AttentionSpec, KVCacheSpec
+from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec
 
 _Result = TypeVar("_Result")
 
@@ -150,8 +159,80 @@ class LayerCache:
         self._slab.note_read(output)
         return output
 
+    def write_latent(
+        self,
+        latent: Float[mx.array, "tokens latent_size"],
+        rope: Float[mx.array, "tokens rope_size"],
+        metadata: AttentionMetadata,
+    ) -> mx.array:
+        """Write the latent rows of a step to their slots.
+
+        Args:
+            latent: Compressed keys and values; converted to the cache's dtype.
+            rope: Rotary parts of the keys; converted likewise.
+            metadata: The step as this layer's group sees it.
+
+        Returns:
+            An array that orders later reads of the same step after this write.
+        """
+        spec = self._latent_spec("write_latent")
+        sizes = (latent.shape, rope.shape)
+        expected = ((metadata.num_tokens, spec.latent_size), (metadata.num_tokens, spec.rope_size))
+        if sizes != expected:
+            raise MetalKVError(
+                f"[LayerCache.write_latent] expected latents and rotary keys of shapes {expected} for layer "
+                f"{self.name!r}, got {sizes}. The layer's spec must match its model."
+            )
+        return self._slab.rewrite(
+            self._shape,
+            spec.dtype,
+            lambda kv_cache: concat_and_cache_mla(
+                latent.astype(spec.dtype), rope.astype(spec.dtype), kv_cache, metadata.slot_mapping
+            ),
+        )
+
+    def attend_latent(
+        self,
+        query_latent: Float[mx.array, "tokens q_heads latent_size"],
+        query_rope: Float[mx.array, "tokens q_heads rope_size"],
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        order_token: mx.array | None = None,
+    ) -> Float[mx.array, "tokens q_heads latent_size"]:
+        """Return latent attention of a step's rows over the cached context of their requests.
+
+        Args:
+            query_latent: Absorbed queries; see ``metal_kernels.mla_attention``.
+            query_rope: Rotary parts of the queries.
+            metadata: The step as this layer's group sees it.
+            scale: Factor of the scores.
+            order_token: What ``write_latent`` of the same step returned.
+        """
+        self._latent_spec("attend_latent")
+        output = mla_attention(
+            query_latent, query_rope, self.kv_cache, metadata.batch, scale=scale, order_token=order_token
+        )
+        self._slab.note_read(output)
+        return output
+
+    def read(
+        self, metadata: AttentionMetadata, use: Callable[[mx.array, RaggedBatch], mx.array], order_token: mx.array
+    ) -> mx.array:
+        """Return what ``use`` makes of the layer's pages: for attention that is no kernel's.
+
+        Args:
+            metadata: The step as this layer's group sees it.
+            use: Takes pages ``[blocks, *page_shape]`` and the batch whose block table points into them, keeps
+                neither, and returns an array ``[tokens, …]``.
+            order_token: What the write of the same step returned.
+        """
+        output = use(*read_pages(self.kv_cache, metadata.batch, order_token=order_token))
+        self._slab.note_read(output)
+        return output
+
     def update(self, write: Callable[[mx.array], mx.array]) -> None:
-        """Replace the layer's pages by ``write(pages)``; what latent and recurrent layers write with.
+        """Replace the layer's pages by ``write(pages)``; what recurrent layers write with.
 
         Args:
             write: Takes ``kv_cache`` and returns an array of the same shape and dtype built from it; it keeps
@@ -164,7 +245,15 @@ class LayerCache:
             raise MetalKVError(
                 f"[LayerCache.{operation}] expected a layer with keys and values, got "
                 f"{type(self.spec).__name__} for layer {self.name!r}. "
-                "Use kv_cache and update for latent rows and states."
+                "Use write_latent for latent rows, update for states."
+            )
+        return self.spec
+
+    def _latent_spec(self, operation: str) -> LatentSpec:
+        if not isinstance(self.spec, LatentSpec):
+            raise MetalKVError(
+                f"[LayerCache.{operation}] expected a layer with latent rows, got "
+                f"{type(self.spec).__name__} for layer {self.name!r}. Use write and attend for keys and values."
             )
         return self.spec
 

@@ -56,10 +56,11 @@ def build_step_inputs(
     """
     scheduled = list(num_scheduled_tokens)
     query_lens = np.fromiter(num_scheduled_tokens.values(), np.int32, len(scheduled))
-    order = np.argsort(query_lens != 1, kind="stable")
+    rows = np.fromiter((batch.row_of[req_id] for req_id in scheduled), np.int32, len(scheduled))
+    # Rows that follow one another make the step's block tables views.
+    order = np.lexsort((rows, query_lens != 1))
     req_ids = [scheduled[i] for i in order]
-    query_lens = query_lens[order]
-    rows = np.fromiter((batch.row_of[req_id] for req_id in req_ids), np.int32, len(req_ids))
+    query_lens, rows = query_lens[order], rows[order]
     query_start_loc = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(query_lens, out=query_start_loc[1:])
     seq_lens = batch.num_computed_tokens[rows] + query_lens

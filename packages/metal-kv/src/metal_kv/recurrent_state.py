@@ -1,0 +1,100 @@
+"""Where recurrent states lie in a pool: which blocks a step reads and writes, and pages as kernels move them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Int32
+
+from metal_kernels import RaggedBatch, kernels, reshape_and_cache
+from metal_kv.errors import BlockTableError
+from metal_kv.spec import RecurrentStateSpec
+
+
+@dataclass(frozen=True, eq=False)
+class StateBlocks:
+    """Blocks of the states of a step's requests.
+
+    A state is kept in the block of the last token that it has seen. So a request whose next token opens a block
+    reads one block and writes the next, and the first one keeps the state at its end: the snapshot that a request
+    with the same prefix starts from.
+
+    Attributes:
+        before: Where the state lies that a request continues; 0 for one that starts.
+        after: Where the state goes that the step leaves.
+    """
+
+    before: Int32[np.ndarray, "reqs"]
+    after: Int32[np.ndarray, "reqs"]
+
+
+def state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
+    """Return where the states of a step's requests lie.
+
+    Args:
+        batch: The step, with the block table of the states' group.
+        block_size: Tokens per block of that group.
+
+    Raises:
+        BlockTableError: A state has no block: the null block, or one beyond the table.
+    """
+    return batch.once(("state blocks", block_size), lambda: _state_blocks(batch, block_size))
+
+
+def _state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
+    num_computed = batch.seq_lens - batch.query_lens
+    before = _blocks_of(batch, num_computed - 1, block_size)
+    after = _blocks_of(batch, batch.seq_lens - 1, block_size)
+    moving = batch.query_lens > 0
+    if (after[moving] == 0).any() or (before[moving & (num_computed > 0)] == 0).any():
+        raise BlockTableError(
+            f"[state_blocks] expected a block for every state, got none for some request among seq_lens "
+            f"{batch.seq_lens.tolist()} with block_size {block_size}. Allocate the blocks of a request before its "
+            "step, and keep the block of its last token until the step after."
+        )
+    return StateBlocks(before, after)
+
+
+def _blocks_of(batch: RaggedBatch, positions: np.ndarray, block_size: int) -> Int32[np.ndarray, "reqs"]:
+    """Return the block of one position of every request; 0 where there is none."""
+    columns = positions // block_size
+    known = (positions >= 0) & (columns < batch.block_table.shape[1])
+    blocks = batch.block_table[np.arange(batch.num_reqs), np.where(known, columns, 0)]
+    return np.where(known, blocks, 0).astype(np.int32)
+
+
+def movable_pages(num_blocks: int, page_size: int) -> tuple[tuple[int, ...], mx.Dtype]:
+    """Return the shape and dtype under which kernels move pages of any content: only the bytes count."""
+    dtype = mx.float32 if page_size % 8 == 0 else mx.float16
+    return (num_blocks, 2, 1, 1, page_size // (2 * dtype.size)), dtype
+
+
+def read_states(
+    pages: Float[mx.array, "blocks 2 1 1 words"],
+    block_ids: Int32[np.ndarray, "states"],
+    spec: RecurrentStateSpec,
+    order_token: mx.array | None,
+) -> tuple[mx.array, ...]:
+    """Return the states in some blocks, ``[states, *shape]`` for each array of a state.
+
+    Args:
+        pages: A layer's pages, as ``movable_pages`` says.
+        block_ids: The blocks.
+        spec: What a page holds.
+        order_token: Of the last write.
+    """
+    ids = mx.array(block_ids)
+    rows = kernels.gather_blocks(pages, ids, order_token) if kernels.move_pages(pages) else pages[ids]
+    return spec.unpack(rows.reshape(ids.size, -1).view(spec.page_dtype))
+
+
+def write_states(
+    pages: Float[mx.array, "blocks 2 1 1 words"],
+    block_ids: Int32[np.ndarray, "states"],
+    spec: RecurrentStateSpec,
+    states: Sequence[mx.array],
+) -> tuple[mx.array, mx.array]:
+    """Write states over whole blocks; return the pages and an order token, as ``reshape_and_cache`` does."""
+    rows = spec.pack(states).view(pages.dtype).reshape(block_ids.size, 2, 1, -1)
+    return reshape_and_cache(rows[:, 0], rows[:, 1], pages, mx.array(block_ids))
