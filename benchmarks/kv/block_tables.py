@@ -1,6 +1,6 @@
 """What the host does for a step's block tables: 256 decodes at 128k tokens, kernel blocks translated.
 
-    python benchmarks/kv/block_tables.py [--requests 256] [--context 131072] [--block-size 160] [--kernel-block-size 32]
+    python benchmarks/kv/block_tables.py [--context 131072] [--block-size 160] [--kernel-block-size 32]
 
 Three figures, processor time per step, and the least of many: blocks appended to the rows that need one, the table of
 the step with its slot mapping (what a step costs), and for comparison a translation of the whole table. Slots and

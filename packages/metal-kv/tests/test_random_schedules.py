@@ -56,7 +56,7 @@ class CacheUnderRandomSchedules(RuleBasedStateMachine):
                 continue
             self.pool.copy_blocks(copies)
             batch.append((sequence, len(known), len(new)))
-            known += new
+            known.extend(new)
         if not batch:
             return
         for row, (sequence, _, _) in enumerate(batch):
