@@ -11,9 +11,12 @@ def test_exported_names():
     assert sorted(metal_kernels.__all__) == [
         "MetalKernelsError",
         "RaggedBatch",
+        "concat_and_cache_mla",
         "copy_blocks",
         "gather_kv_cache",
+        "mla_attention",
         "paged_attention",
+        "read_pages",
         "reference",
         "reshape_and_cache",
         "target",

@@ -27,7 +27,13 @@ def test_mask_carries_the_window_asked_for(step: Step) -> None:
     hidden = mx.zeros((3, 1, 16))
     view = CacheView(step, None)
     assert create_attention_mask(hidden, view, window_size=8) == PagedMask(step, 8)
-    assert create_attention_mask(hidden, view, return_array=True) == PagedMask(step, None)
+    assert create_attention_mask(hidden, view, return_array=True, window_size=8) == PagedMask(step, 8)
+
+
+def test_an_array_without_a_window_would_hide_nothing(step: Step) -> None:
+    hidden = mx.zeros((3, 1, 16))
+    assert create_attention_mask(hidden, CacheView(step, None)) == PagedMask(step, None)
+    assert create_attention_mask(hidden, CacheView(step, None), return_array=True) is None
 
 
 def test_mask_falls_back_to_the_window_of_the_cache(step: Step) -> None:

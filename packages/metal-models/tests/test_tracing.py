@@ -1,6 +1,7 @@
 """What a model asks of its caches is seen by running it, not by reading its config."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,24 +9,27 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from metal_models import PagedModel, UnsupportedModelError
+from metal_models.attention_layer import AttentionLayer
 from metal_models.head_split import HeadSplit
-from metal_models.tracing import LayerTrace, trace
+from metal_models.layer import Layer
+from metal_models.tracing import trace
 
 
-def traced(model: nn.Module) -> tuple[LayerTrace | None, ...]:
-    return trace(model, HeadSplit(model), "some_type").layers
+def traced(model: nn.Module) -> list[Layer]:
+    return list(trace(model, HeadSplit(model), "some_type").layers.values())
 
 
 def test_shapes_dtype_and_windows(tiny: Callable[..., PagedModel]) -> None:
     module = tiny("gpt_oss").module
     module.set_dtype(mx.float16)
-    sliding, full = LayerTrace(2, 16, 16, mx.float16, 8), LayerTrace(2, 16, 16, mx.float16, None)
-    assert traced(module) == (sliding, full) * 2
+    full = AttentionLayer(2, 16, 16, mx.float16, None)
+    sliding = replace(full, window=8, kept=8)
+    assert traced(module) == [sliding, full] * 2
 
 
 def test_a_layer_read_with_two_windows_keeps_the_wider_one(tiny: Callable[..., PagedModel]) -> None:
     layers = traced(tiny("iquestloopcoder").module)
-    assert [layer and layer.window for layer in layers] == [None] * 4 + [64] * 4
+    assert [isinstance(layer, AttentionLayer) and layer.window for layer in layers] == [None] * 4 + [64] * 4
 
 
 def test_nothing_is_computed(tiny: Callable[..., PagedModel]) -> None:

@@ -13,6 +13,7 @@ from metal_kernels.copy_blocks import copy_blocks
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.gather_kv_cache import gather_kv_cache
+from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.paged_attention import paged_attention
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.reshape_and_cache import reshape_and_cache
@@ -25,6 +26,10 @@ __all__ = [
     "reshape_and_cache",
     "copy_blocks",
     "gather_kv_cache",
+    # latent attention and its cache
+    "mla_attention",
+    "concat_and_cache_mla",
+    "read_pages",
     # where it runs
     "target",
     "reference",

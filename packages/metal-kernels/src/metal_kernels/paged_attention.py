@@ -4,7 +4,7 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from metal_kernels import kernels, reference
-from metal_kernels.checks import require_kv_cache, require_rows
+from metal_kernels.checks import require_blocks, require_kv_cache, require_rows
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.ragged import RaggedBatch
@@ -48,11 +48,7 @@ def paged_attention(
             f"[paged_attention] expected a multiple of {kv_heads} query heads, got {q_heads}. "
             "Each key head serves the same number of query heads."
         )
-    if batch.max_seq_len > batch.block_table.shape[1] * block_size:
-        raise MetalKernelsError(
-            f"[paged_attention] expected blocks for {batch.max_seq_len} tokens, got a block table of "
-            f"{batch.block_table.shape[1]} blocks of {block_size}. Allocate blocks before building the batch."
-        )
+    require_blocks("paged_attention", batch, block_size)
     if sinks is not None and sinks.shape != (q_heads,):
         raise MetalKernelsError(
             f"[paged_attention] expected {q_heads} sinks, got shape {sinks.shape}. Pass one per query head."

@@ -83,9 +83,14 @@ class CacheView:
         N: int,
         return_array: bool = False,
         window_size: int | None = None,
-    ) -> PagedMask:
-        """Return the stand-in that carries the window to the attention call."""
-        return PagedMask(self.step, window_size or self.window)
+    ) -> PagedMask | None:
+        """Return the stand-in that carries the window to the attention call.
+
+        There is none where an array is asked for without a window: it would hide nothing from a row, and the
+        models that ask for one compute with it themselves.
+        """
+        window = window_size or self.window
+        return None if return_array and window is None else PagedMask(self.step, window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store this step's rows ``[tokens, kv_heads, 1, head_size]``; return the same rows."""
@@ -117,6 +122,19 @@ class CacheView:
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Return attention of ``queries`` ``[tokens, q_heads, 1, head_size]`` over the cached context."""
+        raise NotImplementedError
+
+    def attend_latent(self, queries: mx.array, rope_scores: mx.array, *, scale: float) -> mx.array:
+        """Return attention of absorbed queries over cached latents.
+
+        Args:
+            queries: ``[tokens, q_heads, 1, latent]``, times the up-projection of keys.
+            rope_scores: What the model made of its scaled rope queries and the rope keys that this view returned.
+            scale: Factor of the scores of ``queries``.
+
+        Returns:
+            ``[tokens, q_heads, 1, latent]``, before the up-projection of values.
+        """
         raise NotImplementedError
 
 

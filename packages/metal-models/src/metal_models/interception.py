@@ -25,6 +25,8 @@ def scaled_dot_product_attention(
     if isinstance(mask, PagedMask):
         return mask.step.owner(keys, cache).attend(queries, scale=scale, mask=mask, sinks=sinks)
     if isinstance(cache, CacheView):
+        if isinstance(mask, mx.array) and keys is values:
+            return cache.step.owner(keys, cache).attend_latent(queries, mask, scale=scale)
         if isinstance(mask, mx.array):
             raise MetalModelsError(
                 "[attention] expected the mask that the cache made, got an array. "

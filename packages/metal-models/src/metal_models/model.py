@@ -10,11 +10,12 @@ from mlx.utils import tree_flatten
 
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
-from metal_kv.spec import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
-from metal_models.cache_view import CacheView, PagedView, Step
+from metal_kv.spec import KVCacheSpec
+from metal_models.cache_view import Step
 from metal_models.head_split import HeadSplit
+from metal_models.layer import all_specs
 from metal_models.registry import architecture_of
-from metal_models.tracing import LayerTrace, trace
+from metal_models.tracing import trace
 
 
 class PagedModel:
@@ -46,15 +47,12 @@ class PagedModel:
         self.dtype = self._trace.dtype
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
         self._step = Step()
+        self._views: list[Any] = []
         self._pool: KVCachePool | None = None
 
     def kv_cache_specs(self, block_size: int) -> dict[str, KVCacheSpec]:
         """Return what each layer stores, by name, in layer order."""
-        return {
-            _layer_name(index): _spec(layer, block_size)
-            for index, layer in enumerate(self._trace.layers)
-            if layer is not None
-        }
+        return all_specs(self._trace.layers, block_size)
 
     def forward(
         self,
@@ -74,7 +72,7 @@ class PagedModel:
             self._bind(pool)
         self._step.begin(metadata)
         try:
-            hidden = self._split.hidden(token_ids[:, None], list(self._step.views))
+            hidden = self._split.hidden(token_ids[:, None], list(self._views))
         finally:
             self._step.end()
         return hidden.squeeze(1)
@@ -86,34 +84,10 @@ class PagedModel:
     def _bind(self, pool: KVCachePool) -> None:
         """Make one view per cache of the model, over the layers of ``pool``."""
         self._step = Step()
-        for index, (layer, window) in enumerate(zip(self._trace.layers, self._trace.windows, strict=True)):
-            if layer is None:
-                CacheView(self._step, window)
-            else:
-                cache = pool.layer(_layer_name(index))
-                PagedView(self._step, window, cache, layer.key_size, layer.value_size)
+        self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
         self._pool = pool
 
 
 def _leaves(module: nn.Module) -> Sequence[tuple[str, mx.array]]:
     leaves: Any = tree_flatten(module.parameters())
     return list(leaves)
-
-
-def _layer_name(index: int) -> str:
-    return f"layers.{index}.attn"
-
-
-def _spec(layer: LayerTrace, block_size: int) -> KVCacheSpec:
-    head_size = max(layer.key_size, layer.value_size)
-    if layer.window is None:
-        return FullAttentionSpec(
-            block_size=block_size, num_kv_heads=layer.num_kv_heads, head_size=head_size, dtype=layer.dtype
-        )
-    return SlidingWindowSpec(
-        block_size=block_size,
-        num_kv_heads=layer.num_kv_heads,
-        head_size=head_size,
-        dtype=layer.dtype,
-        sliding_window=layer.window,
-    )

@@ -7,6 +7,7 @@ kernel that reads the cache takes it as an input: that alone orders the two, wit
 from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels
+from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.step import paged_attention
@@ -18,6 +19,7 @@ __all__ = [
     "decode_kernel",
     "gather_blocks",
     "move_pages",
+    "own_pages",
     "page_kernels",
     "paged_attention",
     "paged_decode",

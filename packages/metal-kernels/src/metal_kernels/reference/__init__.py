@@ -7,5 +7,13 @@ the old array at once, keep no view of it, and evaluate a step before building t
 
 from metal_kernels.reference.attention import paged_attention
 from metal_kernels.reference.cache import copy_blocks, gather_kv_cache, reshape_and_cache
+from metal_kernels.reference.latent import concat_and_cache_mla, mla_attention
 
-__all__ = ["copy_blocks", "gather_kv_cache", "paged_attention", "reshape_and_cache"]
+__all__ = [
+    "concat_and_cache_mla",
+    "copy_blocks",
+    "gather_kv_cache",
+    "mla_attention",
+    "paged_attention",
+    "reshape_and_cache",
+]

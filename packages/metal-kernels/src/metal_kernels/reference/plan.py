@@ -51,8 +51,13 @@ class AttentionPlan:
     restore: mx.array | None
 
 
-def plan_attention(batch: RaggedBatch, sliding_window: int | None, block_size: int, kv_heads: int) -> AttentionPlan:
-    """Plan one step for layers that share ``sliding_window`` and a cache shape."""
+def plan_attention(
+    batch: RaggedBatch, sliding_window: int | None, block_size: int, kv_heads: int, halves: int = 2
+) -> AttentionPlan:
+    """Plan one step for layers that share ``sliding_window`` and a cache shape.
+
+    A page has two ``halves``, keys and values, or one of rows that are both.
+    """
     starts, query_lens, ends = batch.query_start_loc, batch.query_lens, batch.seq_lens
     # The first key that a request's first row sees.
     begins = np.zeros_like(ends)
@@ -71,14 +76,14 @@ def plan_attention(batch: RaggedBatch, sliding_window: int | None, block_size: i
         if num_keys.min() < num_keys.max():
             mask = mx.array((np.arange(num_keys.max()) < num_keys[:, None])[:, None, None])
         tile = RowTile(_as_slice(rows), slice(None), mask)
-        groups.append(_group(batch, requests, positions, block_size, kv_heads, True, (tile,)))
+        groups.append(_group(batch, requests, positions, block_size, kv_heads, halves, True, (tile,)))
     for request in np.flatnonzero(query_lens > 1):
         begin, end = int(begins[request]), int(ends[request])
         start, rows = int(starts[request]), int(query_lens[request])
         order.append(np.arange(start, start + rows, dtype=np.int32))
         positions = np.arange(begin, end, dtype=np.int32)[None]
         tiles = tuple(_tiles(start, rows, begin, end, sliding_window))
-        groups.append(_group(batch, np.array([request]), positions, block_size, kv_heads, False, tiles))
+        groups.append(_group(batch, np.array([request]), positions, block_size, kv_heads, halves, False, tiles))
     order = np.concatenate(order)
     in_order = bool((np.diff(order) == 1).all())
     restore = None if in_order else mx.array(np.argsort(order).astype(np.uint32))
@@ -126,14 +131,15 @@ def _group(
     positions: np.ndarray,
     block_size: int,
     kv_heads: int,
+    halves: int,
     single_row: bool,
     tiles: tuple[RowTile, ...],
 ) -> KeyGroup:
     blocks = batch.block_table[requests[:, None], positions // block_size].astype(np.uint32)
-    key_slots = blocks * (2 * block_size) + (positions % block_size).astype(np.uint32)
+    key_slots = blocks * np.uint32(halves * block_size) + (positions % block_size).astype(np.uint32)
     heads = np.arange(kv_heads, dtype=np.uint32)[None, :, None]
     key_rows = key_slots[:, None] * np.uint32(kv_heads) + heads
-    value_rows = key_rows + np.uint32(block_size * kv_heads)
+    value_rows = key_rows + np.uint32((halves - 1) * block_size * kv_heads)
     return KeyGroup(mx.array(key_rows), mx.array(value_rows), single_row, tiles)
 
 

@@ -1,0 +1,83 @@
+"""Layers of multi-head latent attention: one latent row per token, shared by all heads."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.spec import KVCacheSpec, LatentSpec
+from metal_models.cache_view import CacheView, Step
+from metal_models.layer import Layer
+
+
+@dataclass(frozen=True)
+class LatentLayer(Layer):
+    """A layer that stores ``[latent | rope]`` rows and attends with absorbed queries.
+
+    Attributes:
+        latent_size: Width of the compressed keys and values.
+        rope_size: Width of the rotary part of a key.
+        dtype: Of the stored rows.
+    """
+
+    latent_size: int
+    rope_size: int
+    dtype: mx.Dtype
+
+    def specs(self, name: str, block_size: int) -> dict[str, KVCacheSpec]:
+        """Return the one spec."""
+        spec = LatentSpec(
+            block_size=block_size, latent_size=self.latent_size, rope_size=self.rope_size, dtype=self.dtype
+        )
+        return {f"{name}.attn": spec}
+
+    def view(self, name: str, step: Step, pool: KVCachePool) -> "LatentView":
+        """Return a view over the layer's pages."""
+        return LatentView(step, pool.layer(f"{name}.attn"), self.rope_size)
+
+
+class LatentView(CacheView):
+    """A view whose rows are latents in one layer of a pool.
+
+    mlx-lm's modules store ``(latent, rope key)``, compute ``rope query @ rope keys`` themselves and hand those
+    scores to the shared attention function as its mask. One row knows nothing of the others' rope keys, so the
+    view answers with the identity matrix: the scores come out as the rope query itself, already scaled, and travel
+    to ``attend_latent`` in the mask's place. So the modules run unchanged, and what is cached stays latent.
+
+    Args:
+        step: Shared by all views of a model.
+        layer: The pool's layer.
+        rope_size: Width of the rotary part of a key.
+    """
+
+    def __init__(self, step: Step, layer: LayerCache, rope_size: int) -> None:
+        super().__init__(step, None)
+        self._layer = layer
+        self._identity = mx.eye(rope_size, dtype=layer.spec.page_dtype)[None, None]
+        mx.eval(self._identity)
+        self._order_token: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write latents ``[tokens, 1, 1, latent]`` and rope keys; return the latents and the identity."""
+        self._order_token = self._layer.write_latent(
+            keys[:, 0, 0], values[:, 0, 0], self.step.metadata[self._layer.group]
+        )
+        identity = self._identity if values.dtype == self._identity.dtype else self._identity.astype(values.dtype)
+        super().update_and_fetch(keys, values)
+        return keys, identity
+
+    def forget(self) -> None:
+        """Let go of the step's rows and of the token that orders its reads after its writes."""
+        super().forget()
+        self._order_token = None
+
+    def attend_latent(self, queries: mx.array, rope_scores: mx.array, *, scale: float) -> mx.array:
+        """Return attention over the latents of every row's request."""
+        out = self._layer.attend_latent(
+            queries.squeeze(2),
+            rope_scores.squeeze(2) / scale,
+            self.step.metadata[self._layer.group],
+            scale=scale,
+            order_token=self._order_token,
+        )
+        return out[:, :, None]
