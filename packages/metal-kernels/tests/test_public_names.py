@@ -9,13 +9,18 @@ import metal_kernels
 
 def test_exported_names():
     assert sorted(metal_kernels.__all__) == [
+        "ElementFormat",
         "MetalKernelsError",
         "RaggedBatch",
+        "RowFormat",
         "concat_and_cache_mla",
         "copy_blocks",
         "gather_kv_cache",
         "mla_attention",
         "paged_attention",
+        "quantized_gather_kv_cache",
+        "quantized_paged_attention",
+        "quantized_reshape_and_cache",
         "read_pages",
         "reference",
         "reshape_and_cache",

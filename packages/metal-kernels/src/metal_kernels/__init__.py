@@ -15,8 +15,14 @@ from metal_kernels.errors import MetalKernelsError
 from metal_kernels.gather_kv_cache import gather_kv_cache
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.paged_attention import paged_attention
+from metal_kernels.quantized_cache import (
+    quantized_gather_kv_cache,
+    quantized_paged_attention,
+    quantized_reshape_and_cache,
+)
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.reshape_and_cache import reshape_and_cache
+from metal_kernels.row_format import ElementFormat, RowFormat
 
 __all__ = [
     # what a step looks like
@@ -30,6 +36,12 @@ __all__ = [
     "mla_attention",
     "concat_and_cache_mla",
     "read_pages",
+    # a cache of quantised rows
+    "RowFormat",
+    "ElementFormat",
+    "quantized_paged_attention",
+    "quantized_reshape_and_cache",
+    "quantized_gather_kv_cache",
     # where it runs
     "target",
     "reference",

@@ -8,6 +8,11 @@ the old array at once, keep no view of it, and evaluate a step before building t
 from metal_kernels.reference.attention import paged_attention
 from metal_kernels.reference.cache import copy_blocks, gather_kv_cache, reshape_and_cache
 from metal_kernels.reference.latent import concat_and_cache_mla, mla_attention
+from metal_kernels.reference.quantized import (
+    quantized_gather_kv_cache,
+    quantized_paged_attention,
+    quantized_reshape_and_cache,
+)
 
 __all__ = [
     "concat_and_cache_mla",
@@ -15,5 +20,8 @@ __all__ = [
     "gather_kv_cache",
     "mla_attention",
     "paged_attention",
+    "quantized_gather_kv_cache",
+    "quantized_paged_attention",
+    "quantized_reshape_and_cache",
     "reshape_and_cache",
 ]

@@ -1,5 +1,6 @@
 """Attention over a block table with plain MLX operations."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -7,10 +8,12 @@ from jaxtyping import Float
 
 from metal_kernels.device import target
 from metal_kernels.ragged import RaggedBatch
-from metal_kernels.reference.plan import Mask, RowTile, plan_attention
+from metal_kernels.reference.plan import AttentionPlan, KeyGroup, Mask, RowTile, plan_attention
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """What scores go through; see ``metal_kernels.paged_attention``."""
+
     scale: float
     soft_cap: float | None
     sinks: mx.array | None
@@ -43,15 +46,37 @@ def paged_attention(
     # MLX's matmul on a CPU is fast in float32 only.
     compute = mx.float32 if target() == "cpu" else query.dtype
     convert = kv_cache.dtype != compute
-    options = _Options(scale, soft_cap, None if sinks is None else sinks.astype(compute))
+
+    def fetch(group: KeyGroup) -> tuple[mx.array, mx.array]:
+        keys, values = head_rows[group.key_rows], head_rows[group.value_rows]
+        return (keys.astype(compute), values.astype(compute)) if convert else (keys, values)
+
+    return attend_groups(query, plan, fetch, compute, Options(scale, soft_cap, sinks))
+
+
+def attend_groups(
+    query: Float[mx.array, "tokens q_heads head_size"],
+    plan: AttentionPlan,
+    fetch: Callable[[KeyGroup], tuple[mx.array, mx.array]],
+    compute: mx.Dtype,
+    options: Options,
+) -> Float[mx.array, "tokens q_heads head_size"]:
+    """Attend as planned.
+
+    Args:
+        query: Rows of the step.
+        plan: Of the step.
+        fetch: Returns the keys and values [requests, kv_heads, keys, head_size] of a group, in ``compute``.
+        compute: Type to compute in.
+        options: What scores go through.
+    """
+    if options.sinks is not None:
+        options = options._replace(sinks=options.sinks.astype(compute))
     rows = query if query.dtype == compute else query.astype(compute)
     outputs = []
     for group in plan.groups:
-        keys, values = head_rows[group.key_rows], head_rows[group.value_rows]
-        if convert:
-            keys, values = keys.astype(compute), values.astype(compute)
         attend = _attend_single_rows if group.single_row else _attend_request
-        outputs += attend(rows, keys, values, group.tiles, options)
+        outputs += attend(rows, *fetch(group), group.tiles, options)
     joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
     if plan.restore is not None:
         joined = joined[plan.restore]
@@ -59,7 +84,7 @@ def paged_attention(
 
 
 def _attend_single_rows(
-    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: _Options
+    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: Options
 ) -> list[mx.array]:
     """Return the outputs [reqs, q_heads, head_size] of requests that have one row each."""
     (tile,) = tiles
@@ -74,7 +99,7 @@ def _attend_single_rows(
 
 
 def _attend_request(
-    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: _Options
+    query: mx.array, keys: mx.array, values: mx.array, tiles: tuple[RowTile, ...], options: Options
 ) -> list[mx.array]:
     """Return the outputs [rows, q_heads, head_size] of the tiles of one request."""
     outputs = []
@@ -85,7 +110,7 @@ def _attend_request(
     return outputs
 
 
-def _attend(query: mx.array, keys: mx.array, values: mx.array, mask: Mask, options: _Options) -> mx.array:
+def _attend(query: mx.array, keys: mx.array, values: mx.array, mask: Mask, options: Options) -> mx.array:
     """Attend [reqs, q_heads, rows, head_size] to [reqs, kv_heads, keys, head_size]."""
     if options.soft_cap is None:
         return mx.fast.scaled_dot_product_attention(
