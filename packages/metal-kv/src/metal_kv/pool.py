@@ -5,22 +5,23 @@ from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int32
 
 from metal_kernels import (
     RaggedBatch,
     concat_and_cache_mla,
     copy_blocks,
     mla_attention,
-    paged_attention,
     read_pages,
-    reshape_and_cache,
     target,
 )
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
+from metal_kv.key_value_pages import attend_rows, write_rows
 from metal_kv.layout import CacheLayout, LayerPlace
-from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec
+from metal_kv.recurrent_state import movable_pages, read_states, write_states
+from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec
 
 _Result = TypeVar("_Result")
 
@@ -44,6 +45,8 @@ class _Slab:
         self.array = mx.zeros(shape, dtype)
         self._shared = shared and target() == "cpu"
         self._reads: list[mx.array] = []
+        self.state_token: mx.array | None = None
+        """Of the last write in place whose reader is in a later step."""
 
     def view(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         return _view(self.array, shape, dtype)
@@ -65,7 +68,13 @@ class _Slab:
 
     def pending(self) -> list[mx.array]:
         """Arrays to evaluate so that everything built so far on this slab is done."""
-        return [self.array, *self._reads]
+        tokens = [] if self.state_token is None else [self.state_token]
+        return [self.array, *self._reads, *tokens]
+
+    def keep_state_token(self, order_token: mx.array) -> None:
+        """Keep what orders the next step's reads after this write, where writes are in place."""
+        if target() != "cpu":
+            self.state_token = order_token
 
 
 class LayerCache:
@@ -101,7 +110,7 @@ class LayerCache:
         """Write the keys and values of a step's rows to their slots.
 
         Args:
-            key: Keys, rotated; converted to the cache's dtype.
+            key: Keys, rotated; converted to the cache's dtype, or quantised.
             value: Values; converted likewise.
             metadata: The step as this layer's group sees it.
 
@@ -116,11 +125,7 @@ class LayerCache:
                 f"got {key.shape} and {value.shape}. The layer's spec must match its model."
             )
         return self._slab.rewrite(
-            self._shape,
-            spec.dtype,
-            lambda kv_cache: reshape_and_cache(
-                key.astype(spec.dtype), value.astype(spec.dtype), kv_cache, metadata.slot_mapping
-            ),
+            self._shape, spec.page_dtype, lambda pages: write_rows(spec, key, value, pages, metadata.slot_mapping)
         )
 
     def attend(
@@ -145,13 +150,14 @@ class LayerCache:
             sliding_window: Positions a row sees, its own included; None for what the spec says.
             order_token: What ``write`` of the same step returned.
         """
-        window = sliding_window or self._attention_spec("attend").window
-        output = paged_attention(
+        spec = self._attention_spec("attend")
+        output = attend_rows(
+            spec,
             query,
             self.kv_cache,
             metadata.batch,
             scale=scale,
-            sliding_window=window,
+            sliding_window=sliding_window or spec.window,
             soft_cap=soft_cap,
             sinks=sinks,
             order_token=order_token,
@@ -217,7 +223,10 @@ class LayerCache:
         return output
 
     def read(
-        self, metadata: AttentionMetadata, use: Callable[[mx.array, RaggedBatch], mx.array], order_token: mx.array
+        self,
+        metadata: AttentionMetadata,
+        use: Callable[[mx.array, RaggedBatch], mx.array],
+        order_token: mx.array | None = None,
     ) -> mx.array:
         """Return what ``use`` makes of the layer's pages: for attention that is no kernel's.
 
@@ -231,6 +240,31 @@ class LayerCache:
         self._slab.note_read(output)
         return output
 
+    def read_states(self, block_ids: Int32[np.ndarray, "states"]) -> tuple[mx.array, ...]:
+        """Return the states in some blocks: for each array of a state, ``[states, *shape]``."""
+        spec = self._state_spec("read_states")
+        pages = self._slab.view(*movable_pages(self._shape[0], spec.page_size_bytes))
+        return read_states(pages, block_ids, spec, self._slab.state_token)
+
+    def write_states(self, states: Sequence[mx.array], block_ids: Int32[np.ndarray, "states"]) -> None:
+        """Replace the states in some blocks; a later step reads them.
+
+        Args:
+            states: For each array of a state ``[states, *shape]``; converted to the cache's dtypes. On a GPU they
+                follow from what ``read_states`` returned for the same blocks in this step, if it was called.
+            block_ids: Blocks, all different, none of them the null block.
+        """
+        spec = self._state_spec("write_states")
+        expected = tuple((len(block_ids), *shape) for shape in spec.shapes)
+        if tuple(state.shape for state in states) != expected:
+            raise MetalKVError(
+                f"[LayerCache.write_states] expected arrays of shapes {expected} for layer {self.name!r}, got "
+                f"{tuple(state.shape for state in states)}. The layer's spec must match its model."
+            )
+        shape, dtype = movable_pages(self._shape[0], spec.page_size_bytes)
+        token = self._slab.rewrite(shape, dtype, lambda pages: write_states(pages, block_ids, spec, states))
+        self._slab.keep_state_token(token)
+
     def update(self, write: Callable[[mx.array], mx.array]) -> None:
         """Replace the layer's pages by ``write(pages)``; what recurrent layers write with.
 
@@ -239,6 +273,14 @@ class LayerCache:
                 no reference to what it was given, so that MLX can write in place.
         """
         self._slab.rewrite(self._shape, self.spec.page_dtype, lambda pages: (write(pages), None))
+
+    def _state_spec(self, operation: str) -> RecurrentStateSpec:
+        if not isinstance(self.spec, RecurrentStateSpec):
+            raise MetalKVError(
+                f"[LayerCache.{operation}] expected a recurrent layer, got {type(self.spec).__name__} for layer "
+                f"{self.name!r}. Use write and attend for keys and values."
+            )
+        return self.spec
 
     def _attention_spec(self, operation: str) -> AttentionSpec:
         if not isinstance(self.spec, AttentionSpec):
@@ -354,8 +396,6 @@ class KVCachePool:
         mx.eval(self.arrays())
         mx.synchronize()  # a step in flight may still write in place
         for slab, page_size in zip(self._slabs, self.layout.page_sizes, strict=True):
-            # Only the bytes count; kernels know floating-point pages.
-            dtype = mx.float32 if page_size % 8 == 0 else mx.float16
-            shape = (self.layout.num_blocks, 2, 1, 1, page_size // (2 * dtype.size))
+            shape, dtype = movable_pages(self.layout.num_blocks, page_size)
             copy = partial(copy_blocks, src_blocks=sources, dst_blocks=destinations)
             mx.eval(slab.rewrite(shape, dtype, copy), slab.array)

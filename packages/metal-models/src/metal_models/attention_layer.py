@@ -96,10 +96,12 @@ class NotingView(CacheView):
         return mx.zeros(queries.shape, queries.dtype)
 
     def note(self) -> Layer:
-        """Return what was seen."""
+        """Return what was seen; rows that are never values are kept as latents without a rotary part."""
         if self.stored is None:
             return UnusedLayer(self.window)
         keys, values = self.stored
+        if values.shape[-1] == 0 and not self.reads and self.window is None:
+            return LatentLayer(keys.shape[-1], 0, keys.dtype)
         if self.latent_reads and not self.reads and self.window is None:
             return LatentLayer(keys.shape[-1], values.shape[-1], keys.dtype)
         if not self.reads or self.latent_reads:

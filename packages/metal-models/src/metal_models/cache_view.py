@@ -1,10 +1,11 @@
 """What one layer of an mlx-lm model sees in place of its cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from metal_kernels import RaggedBatch
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import LayerCache
 from metal_models.errors import MetalModelsError
@@ -50,12 +51,17 @@ class Step:
 class PagedMask:
     """Stands for an attention mask on its way from ``make_mask`` to the attention call.
 
-    It has no array: causality follows from positions, and only the window has to travel. A
-    model that looks inside its mask fails on it, and is refused when it is traced.
+    Causality follows from positions, and only the window has to travel. A model that looks inside its mask
+    fails on it, and is refused when it is traced; one that masks scores with it before it calls the attention
+    function (latent attention does) finds that it hides nothing.
     """
 
     step: Step
     window: int | None
+
+    def __mlx_array__(self) -> mx.array:
+        """Return the mask of a row against itself."""
+        return mx.array(True)
 
 
 class CacheView:
@@ -137,6 +143,20 @@ class CacheView:
         """
         raise NotImplementedError
 
+    def read(self, use: Callable[[mx.array, RaggedBatch], mx.array], like: mx.array) -> mx.array:
+        """Return what ``use`` makes of the layer's pages, for attention that no kernel does.
+
+        Args:
+            use: Takes pages ``[blocks, *page_shape]`` and the batch whose block table points into them.
+            like: An array of the shape and dtype that ``use`` returns, ``[tokens, …]``; never evaluated.
+        """
+        raise NotImplementedError
+
+    @property
+    def max_context(self) -> int:
+        """Longest context of the step's requests."""
+        return self.step.metadata[0].batch.max_seq_len if self.step.metadata else 0
+
 
 class PagedView(CacheView):
     """A view whose rows go to, and whose context comes from, one layer of a pool.
@@ -196,6 +216,11 @@ class PagedView(CacheView):
         if self._value_padding:
             out = out[..., : self._value_size]
         return out[:, :, None]
+
+    def read(self, use: Callable[[mx.array, RaggedBatch], mx.array], like: mx.array) -> mx.array:
+        """Return what ``use`` makes of the layer's pages."""
+        del like
+        return self._layer.read(self.step.metadata[self._layer.group], use, self._order_token)
 
 
 def _rows(array: mx.array, padding: int) -> mx.array:

@@ -1,9 +1,11 @@
 """Layers of multi-head latent attention: one latent row per token, shared by all heads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from metal_kernels import RaggedBatch
 from metal_kv.pool import KVCachePool, LayerCache
 from metal_kv.spec import KVCacheSpec, LatentSpec
 from metal_models.cache_view import CacheView, Step
@@ -81,3 +83,8 @@ class LatentView(CacheView):
             order_token=self._order_token,
         )
         return out[:, :, None]
+
+    def read(self, use: Callable[[mx.array, RaggedBatch], mx.array], like: mx.array) -> mx.array:
+        """Return what ``use`` makes of the layer's pages."""
+        del like
+        return self._layer.read(self.step.metadata[self._layer.group], use, self._order_token)

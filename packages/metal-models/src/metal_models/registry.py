@@ -12,17 +12,21 @@ from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.head_split import HeadSplit
 from metal_models.tracing import trace
 
-# mlx-lm's model file -> our module with the same two names, Model and ModelArgs.
-_ADAPTERS = {
-    "gemma2": "metal_models.adapters.gemma2",
-    "gpt_bigcode": "metal_models.adapters.gpt_bigcode",
-    "stablelm": "metal_models.adapters.stablelm",
+# mlx-lm's model files that adapters has a module for, of the same name and with the same two names in it.
+_ADAPTED = {
+    "afm7",
+    "deepseek_v2",
+    "gear",
+    "gemma2",
+    "gpt_bigcode",
+    "minicpm3",
+    "plamo",
+    "stablelm",
+    "youtu_llm",
 }
 
 # Families whose code would run over the paged cache but compute something else: model file -> reason.
-_REFUSED = {
-    "afm7": "its last layers take their positions from the length of another layer's cache",
-}
+_REFUSED: dict[str, str] = {}
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
@@ -44,10 +48,9 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     file = classes[0].__module__.rpartition(".")[2]
     if file in _REFUSED:
         raise UnsupportedModelError(architecture, _REFUSED[file])
-    adapter = _ADAPTERS.get(file)
-    if adapter is None:
+    if file not in _ADAPTED:
         return classes
-    module = importlib.import_module(adapter)
+    module = importlib.import_module(f"metal_models.adapters.{file}")
     return module.Model, module.ModelArgs
 
 
