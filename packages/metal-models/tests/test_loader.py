@@ -50,6 +50,17 @@ def test_loads_quantised_weights(tmp_path: Path, tiny: Callable[..., PagedModel]
     np.testing.assert_array_equal(logits(loaded), logits(model))
 
 
+def test_expands_quantised_weights_that_fit(tmp_path: Path, tiny: Callable[..., PagedModel]) -> None:
+    model = tiny("qwen3", bits=4)
+    config = model.config | {"quantization": {"group_size": 32, "bits": 4}}
+    path = save(tmp_path, config, dict(tree_flatten(model.module.parameters())))
+    expanded = load(path, expand_to_bytes=1 << 30)
+    assert expanded.nbytes > 4 * model.nbytes
+    assert load(path, expand_to_bytes=expanded.nbytes).nbytes == expanded.nbytes
+    assert load(path, expand_to_bytes=expanded.nbytes - 1).nbytes == model.nbytes
+    np.testing.assert_allclose(logits(expanded), logits(model), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_dtype_override_reaches_weights_rows_and_cache(
     tmp_path: Path, model: PagedModel, weights: Weights, dtype: mx.Dtype

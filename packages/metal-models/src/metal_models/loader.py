@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlx_lm.utils import load_model
+from mlx_lm.utils import dequantize_model, load_model
 
-from metal_models import cpu_layout, interception, registry
+from metal_models import interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
@@ -21,8 +21,8 @@ def load(path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: in
         path: A directory in mlx-lm's or Hugging Face's safetensors form (quantised ones
             included), a directory that holds one ``.gguf``, or a ``.gguf`` file.
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
-        expand_to_bytes: For MLX's CPU backend: hold linear and embedding weights in float32, laid out for its
-            matmul, if they take no more than this; see ``cpu_layout``.
+        expand_to_bytes: Hold quantised weights as floats if all weights then take no more than this. For MLX's
+            CPU backend, whose quantized matmul is a scalar loop.
 
     Raises:
         UnsupportedModelError: The architecture does not page (known before weights are read).
@@ -30,9 +30,21 @@ def load(path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: in
     """
     path = Path(path)
     module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype)
-    if cpu_layout.expanded_nbytes(module) <= expand_to_bytes:
-        cpu_layout.lay_out_for_cpu(module)
+    if _expanded_nbytes(module) <= expand_to_bytes:
+        mx.eval(dequantize_model(module).parameters())
     return PagedModel(module, config)
+
+
+def _expanded_nbytes(module: nn.Module) -> int:
+    """Return the bytes of all weights once the quantised ones are held in the dtype of their scales."""
+    nbytes = 0
+    for _, layer in module.named_modules():
+        own = {name: array for name, array in layer.items() if isinstance(array, mx.array)}
+        if "scales" in own:
+            values = own["weight"].size * 32 // layer["bits"]
+            nbytes += values * own["scales"].dtype.size
+        nbytes += sum(array.nbytes for name, array in own.items() if "scales" not in own or name == "bias")
+    return nbytes
 
 
 def _is_gguf(path: Path) -> bool:
