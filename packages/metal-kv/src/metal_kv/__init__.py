@@ -5,8 +5,11 @@ from metal_kv.block_pool import BlockPool, SequenceBlocks
 from metal_kv.block_table import BlockTable, kernel_block_table
 from metal_kv.budget import MemoryBudget
 from metal_kv.errors import BlockTableError, MetalKVError, NotEnoughMemoryError, OutOfBlocksError, SpecError
+from metal_kv.hybrid import unify_page_sizes
 from metal_kv.layout import CacheGroup, CacheLayout, LayerPlace, bytes_per_block, max_blocks_per_request
 from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.quantization import quantize_specs
+from metal_kv.recurrent_state import StateBlocks, state_blocks
 from metal_kv.slot_mapping import slot_mapping, token_positions
 from metal_kv.spec import (
     AttentionSpec,
@@ -27,6 +30,8 @@ __all__ = [
     "LatentSpec",
     "RecurrentStateSpec",
     "with_block_size",
+    "quantize_specs",
+    "unify_page_sizes",
     # where it lies
     "CacheGroup",
     "CacheLayout",
@@ -40,6 +45,8 @@ __all__ = [
     "kernel_block_table",
     "AttentionMetadata",
     "slot_mapping",
+    "StateBlocks",
+    "state_blocks",
     "token_positions",
     # how much there is, and who has it
     "MemoryBudget",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from metal_kernels import RowFormat
 from metal_kv.errors import SpecError
 
 
@@ -59,13 +60,15 @@ class KVCacheSpec(ABC):
 class AttentionSpec(KVCacheSpec):
     """Keys and values of an attention layer: pages of ``[2, block_size, num_kv_heads, head_size]``.
 
-    Index 0 of a page holds the keys, index 1 the values; both therefore have the same head size.
+    Index 0 of a page holds the keys, index 1 the values; both therefore have the same head size. With ``rows`` a page
+    is ``[block_size, words]`` instead: quantised rows, each a token's keys and values with their scales.
     """
 
     num_kv_heads: int
     head_size: int
     head_size_v: int | None = None
     dtype: mx.Dtype = field(kw_only=True)
+    rows: RowFormat | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,16 +81,23 @@ class AttentionSpec(KVCacheSpec):
                 "a model whose values are narrower must pad them to the head size of its keys."
             )
         object.__setattr__(self, "head_size_v", self.head_size)
+        if self.rows and (self.rows.num_kv_heads, self.rows.head_size) != (self.num_kv_heads, self.head_size):
+            raise SpecError(
+                f"[{type(self).__name__}] expected rows of {self.num_kv_heads} heads of {self.head_size}, got "
+                f"{self.rows}. Make the row format from the layer's own sizes."
+            )
 
     @property
     def page_shape(self) -> tuple[int, ...]:
-        """``(2, block_size, num_kv_heads, head_size)``."""
+        """``(2, block_size, num_kv_heads, head_size)``, or ``(block_size, words)`` of quantised rows."""
+        if self.rows:
+            return (self.block_size, self.rows.row_words)
         return (2, self.block_size, self.num_kv_heads, self.head_size)
 
     @property
     def page_dtype(self) -> mx.Dtype:
-        """Element type of keys and values."""
-        return self.dtype
+        """Element type of keys and values, or the words of quantised rows."""
+        return mx.uint32 if self.rows else self.dtype
 
     @property
     def window(self) -> int | None:
@@ -154,12 +164,15 @@ class RecurrentStateSpec(KVCacheSpec):
 
     The arrays of a state lie one after another in a page, in the order of ``shapes``; a page is an array of
     the widest unsigned words (4, 2 or 1 bytes) that every array of the state fills exactly. The page may be
-    padded with ``page_size_padded`` to the bytes of the attention page it shares a slab with.
+    padded with ``page_size_padded`` to the bytes of the attention page it shares a slab with. A request holds
+    ``blocks_per_request`` states at once: 1, or 2 where the state at the end of the last full block is kept for
+    requests with the same prefix.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
     page_size_padded: int | None = None
+    blocks_per_request: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,9 +213,9 @@ class RecurrentStateSpec(KVCacheSpec):
         return (self.page_size_bytes // self.page_dtype.size,)
 
     def max_blocks_per_request(self, num_tokens: int, max_in_flight_tokens: int = 0) -> int:
-        """One: a request carries only its latest state."""
+        """Return ``blocks_per_request``: a request carries only its latest state."""
         del num_tokens, max_in_flight_tokens
-        return 1
+        return self.blocks_per_request
 
     def unpack(self, pages: mx.array) -> tuple[mx.array, ...]:
         """Return the arrays of the states in ``pages``.
