@@ -9,21 +9,29 @@ import metal_kernels
 
 def test_exported_names():
     assert sorted(metal_kernels.__all__) == [
+        "DecodePlan",
+        "DecodeSizes",
         "ElementFormat",
         "MetalKernelsError",
         "RaggedBatch",
         "RowFormat",
+        "add_rms_norm",
         "concat_and_cache_mla",
         "copy_blocks",
+        "decode_attention",
         "gather_kv_cache",
         "mla_attention",
+        "pack_decode",
         "paged_attention",
+        "plan_decode",
         "quantized_gather_kv_cache",
         "quantized_paged_attention",
         "quantized_reshape_and_cache",
         "read_pages",
         "reference",
         "reshape_and_cache",
+        "rope_and_cache",
+        "silu_and_mul",
         "target",
     ]
 

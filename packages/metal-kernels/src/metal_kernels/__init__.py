@@ -10,8 +10,11 @@ allow_large_command_buffers()
 # ruff: noqa: E402
 from metal_kernels import reference
 from metal_kernels.copy_blocks import copy_blocks
+from metal_kernels.decode_attention import decode_attention
+from metal_kernels.decode_plan import DecodePlan, DecodeSizes, pack_decode, plan_decode
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
+from metal_kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.gather_kv_cache import gather_kv_cache
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.paged_attention import paged_attention
@@ -22,6 +25,7 @@ from metal_kernels.quantized_cache import (
 )
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.reshape_and_cache import reshape_and_cache
+from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
 
 __all__ = [
@@ -42,6 +46,16 @@ __all__ = [
     "quantized_paged_attention",
     "quantized_reshape_and_cache",
     "quantized_gather_kv_cache",
+    # decode steps that are compiled once
+    "DecodePlan",
+    "DecodeSizes",
+    "plan_decode",
+    "pack_decode",
+    "decode_attention",
+    # between the matmuls
+    "rope_and_cache",
+    "add_rms_norm",
+    "silu_and_mul",
     # where it runs
     "target",
     "reference",

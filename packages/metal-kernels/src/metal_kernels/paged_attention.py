@@ -1,5 +1,8 @@
 """Attention of a ragged batch over a block table."""
 
+from collections.abc import Callable
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float
 
@@ -39,6 +42,29 @@ def paged_attention(
     Raises:
         MetalKernelsError: Shapes, the batch and the cache do not fit together.
     """
+    _check(query, kv_cache, batch, sliding_window, sinks)
+    attend: Callable[..., mx.array] = reference.paged_attention
+    if kernels.move_pages(kv_cache):
+        _, _, block_size, kv_heads, head_size = kv_cache.shape
+        group = query.shape[1] // kv_heads
+        decode = kernels.decode_kernel(target(), query.dtype, kv_cache.dtype, head_size, block_size, group)
+        attend = partial(kernels.paged_attention, decode=decode)
+    return attend(
+        query,
+        kv_cache,
+        batch,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        order_token=order_token,
+    )
+
+
+def _check(
+    query: mx.array, kv_cache: mx.array, batch: RaggedBatch, sliding_window: int | None, sinks: mx.array | None
+) -> None:
+    """Refuse what does not fit together."""
     require_kv_cache("paged_attention", kv_cache)
     _, _, block_size, kv_heads, head_size = kv_cache.shape
     q_heads = query.shape[1]
@@ -58,25 +84,3 @@ def paged_attention(
             f"[paged_attention] expected a sliding window of at least 1, got {sliding_window}. "
             "Pass None for full attention."
         )
-    if kernels.move_pages(kv_cache):
-        return kernels.paged_attention(
-            query,
-            kv_cache,
-            batch,
-            kernels.decode_kernel(target(), query.dtype, kv_cache.dtype, head_size, block_size, q_heads // kv_heads),
-            scale=scale,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            order_token=order_token,
-        )
-    return reference.paged_attention(
-        query,
-        kv_cache,
-        batch,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        order_token=order_token,
-    )

@@ -6,15 +6,18 @@ kernel that reads the cache takes it as an input: that alone orders the two, wit
 
 from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
-from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels
+from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels, row_kernels
+from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
+from metal_kernels.kernels.rope_and_cache import rope_and_cache
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.step import paged_attention
 
 __all__ = [
     "Accepted",
     "Rejected",
+    "add_rms_norm",
     "copy_blocks",
     "decode_kernel",
     "gather_blocks",
@@ -24,5 +27,8 @@ __all__ = [
     "paged_attention",
     "paged_decode",
     "reshape_and_cache",
+    "rope_and_cache",
+    "row_kernels",
+    "silu_and_mul",
     "writes_in_place",
 ]

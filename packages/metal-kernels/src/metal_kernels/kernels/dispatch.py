@@ -17,6 +17,7 @@ BLOCK_SIZES = (8, 16, 32)
 _LOAD_BYTES = 16  # what a lane loads at once where the head size allows it
 _MAX_HELD = 32  # floats of the query that a lane holds: as many for the output, and the keys beside them
 _MAX_SHARED = 512  # floats of output that a SIMD-group puts into threadgroup memory for eight of them to fit
+_MAX_WIDTH = 32768  # elements of a row that a threadgroup holds in registers
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Rejected:
 @dataclass(frozen=True)
 class PageKernels:
     """Writes, copies and gathers: they know no head size."""
+
+
+@dataclass(frozen=True)
+class RowKernels:
+    """Norms and activations of a step's rows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,17 @@ def page_kernels(target: Target, dtype: mx.Dtype, size: int) -> Accepted[PageKer
     if size < 8:
         return Rejected("MLX passes a cache of fewer than 8 elements as constant memory, which cannot be written")
     return Accepted(PageKernels())
+
+
+def row_kernels(target: Target, dtype: mx.Dtype, width: int) -> Accepted[RowKernels] | Rejected:
+    """Decide on the kernels between matmuls, for rows of ``width`` elements."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
+    if width % 4 or not 8 <= width <= _MAX_WIDTH:
+        return Rejected(f"rows of {width} elements; kernels take multiples of 4 from 8 to {_MAX_WIDTH}")
+    return Accepted(RowKernels())
 
 
 @cache

@@ -113,7 +113,7 @@ for (int e = int(thread_position_in_threadgroup.x); e < HEADS * HEAD_SIZE; e += 
       total = total * shrink + exp2_fast(sink - joined);
       value *= shrink;
     }
-    out[at * HEAD_SIZE + i] = from_f32<T>(value / total);
+    out[at * HEAD_SIZE + i] = from_f32<T>(total > 0.0f ? value / total : 0.0f);
 #else
     partial_out[at * HEAD_SIZE + i] = value;
     if (i == 0) {

@@ -3,13 +3,11 @@
 from math import e, log2
 
 import mlx.core as mx
-import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
+from metal_kernels.decode_plan import DecodePlan
 from metal_kernels.kernels.dispatch import DecodeVariant
 from metal_kernels.kernels.source import PortableKernel, constants, order_input
-from metal_kernels.kernels.work_list import wanted_groups, work_list
-from metal_kernels.ragged import RaggedBatch
 
 _INPUTS = ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in")
 _BODY = "paged_decode.metal"
@@ -27,64 +25,35 @@ _REDUCE_THREADS = 128
 def paged_decode(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
-    batch: RaggedBatch,
-    requests: Int32[np.ndarray, "decodes"],
+    plan: DecodePlan,
     variant: DecodeVariant,
     *,
     scale: float,
-    sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
-    groups: int | None = None,
 ) -> Float[mx.array, "decodes q_heads head_size"]:
-    """Attend the rows of ``requests``, in that order; see :func:`metal_kernels.paged_attention`.
+    """Attend the rows of the plan's requests, in its order; see :func:`metal_kernels.decode_attention`.
 
     Args:
         query: Rows of the step, strided as they may be.
         kv_cache: Pages of one layer.
-        batch: The step.
-        requests: Requests with one row; at least one.
+        plan: Which keys each row sees.
         variant: From :func:`metal_kernels.kernels.decode_kernel`.
         scale: Factor on the scores.
-        sliding_window: Keys a row sees at most.
         soft_cap: Cap of the scores.
         sinks: Extra logit per query head.
         order_token: Of the last write.
-        groups: Threadgroups to spread the work over; None for what fills the device.
     """
-    _, _, block_size, kv_heads, head_size = kv_cache.shape
-    q_heads = query.shape[1]
-    per_range = kv_heads * variant.parts
-    groups = groups or wanted_groups()
-    plan = batch.once(
-        ("paged decode", sliding_window, per_range, groups, requests.tobytes()),
-        lambda: work_list(batch, requests, sliding_window, per_range, groups),
-    )
+    q_heads, head_size = query.shape[1:]
     factors = (scale * log2(e), 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * log2(e))
-    inputs = [
-        query,
-        kv_cache,
-        batch.on_device("block_table"),
-        plan.work,
-        constants(*factors),
-        order_input(order_token),
-    ]
-    template: dict[str, int | mx.Dtype] = {
-        "HEAD_SIZE": head_size,
-        "BLOCK_SIZE": block_size,
-        "KV_HEADS": kv_heads,
-        "GROUP": q_heads // kv_heads,
-        "HEADS": variant.heads,
-        "LANES": variant.lanes,
-        "SIMDGROUPS": variant.simdgroups,
-        "UNROLLED": variant.unrolled,
-        "SOFT_CAP": soft_cap is not None,
-    }
+    inputs = [query, kv_cache, plan.block_table, plan.work, constants(*factors), order_input(order_token)]
+    template = _template(kv_cache, q_heads, variant, soft_cap is not None)
     finish: dict[str, int | mx.Dtype] = {"T": query.dtype, "SINKS": sinks is not None}
     sink_input = constants(0.0) if sinks is None else sinks.astype(mx.float32)
-    threadgroups, threads = (plan.num_ranges * per_range, 1), variant.simdgroups * 32
-    result = ((len(requests), q_heads, head_size), query.dtype)
+    threadgroups = (plan.num_ranges * kv_cache.shape[3] * variant.parts, 1)
+    threads = variant.simdgroups * 32
+    result = ((plan.num_reqs, q_heads, head_size), query.dtype)
     if plan.direct:
         return _DIRECT(
             [*inputs, sink_input], [result], template=template | finish, threadgroups=threadgroups, threads=threads
@@ -100,7 +69,22 @@ def paged_decode(
     return _REDUCE(
         [*partials, plan.ranges, sink_input],
         [result],
-        threadgroups=(len(requests) * q_heads, 1),
+        threadgroups=(plan.num_reqs * q_heads, 1),
         threads=_REDUCE_THREADS,
         template={"HEAD_SIZE": head_size, "Q_HEADS": q_heads, "THREADS": _REDUCE_THREADS, **finish},
     )[0]
+
+
+def _template(kv_cache: mx.array, q_heads: int, variant: DecodeVariant, soft_cap: bool) -> dict[str, int | mx.Dtype]:
+    _, _, block_size, kv_heads, head_size = kv_cache.shape
+    return {
+        "HEAD_SIZE": head_size,
+        "BLOCK_SIZE": block_size,
+        "KV_HEADS": kv_heads,
+        "GROUP": q_heads // kv_heads,
+        "HEADS": variant.heads,
+        "LANES": variant.lanes,
+        "SIMDGROUPS": variant.simdgroups,
+        "UNROLLED": variant.unrolled,
+        "SOFT_CAP": soft_cap,
+    }

@@ -14,6 +14,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float rsqrt_precise(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float tanh_precise(float x) { return tanhf(x); }
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
@@ -36,4 +37,17 @@ template <int N, typename T> __device__ __forceinline__ void load_f32(const T* f
   else if constexpr (BYTES % 8 == 0) load_words<N, uint2>(from, to);
   else if constexpr (BYTES % 4 == 0) load_words<N, uint>(from, to);
   else load_words<N, T>(from, to);
+}
+template <int N, typename Word, typename T> __device__ __forceinline__ void store_words(T* to, const float* from) {
+  constexpr int PER_WORD = sizeof(Word) / sizeof(T);
+  Word words[N / PER_WORD];
+  UNROLL for (int i = 0; i < N; ++i) reinterpret_cast<T*>(words)[i] = from_f32<T>(from[i]);
+  UNROLL for (int i = 0; i < N / PER_WORD; ++i) reinterpret_cast<Word*>(to)[i] = words[i];
+}
+template <int N, typename T> __device__ __forceinline__ void store_f32(T* to, const float* from) {
+  constexpr int BYTES = N * sizeof(T);
+  if constexpr (BYTES % 16 == 0) store_words<N, uint4>(to, from);
+  else if constexpr (BYTES % 8 == 0) store_words<N, uint2>(to, from);
+  else if constexpr (BYTES % 4 == 0) store_words<N, uint>(to, from);
+  else store_words<N, T>(to, from);
 }

@@ -18,7 +18,8 @@ _FOLDER = Path(__file__).parent
 class PortableKernel:
     """A kernel, compiled by MLX at its first call for each combination of dtypes and template values.
 
-    Inputs are passed as they lie in memory: a kernel that does not read an input's strides needs it contiguous.
+    Inputs are passed as they lie in memory: a kernel that does not read an input's strides needs it contiguous, or
+    ``contiguous``, which copies other inputs and therefore suits only kernels that change none.
 
     Args:
         name: Of the kernel; bodies with other ``defines`` need another name.
@@ -26,6 +27,7 @@ class PortableKernel:
         outputs: Names of the outputs in the body.
         body: File of the body in this folder.
         defines: Preprocessor lines that the body depends on.
+        contiguous: Whether MLX copies inputs that are not contiguous.
     """
 
     name: str
@@ -33,6 +35,7 @@ class PortableKernel:
     outputs: tuple[str, ...]
     body: str
     defines: str = ""
+    contiguous: bool = False
 
     def __call__(
         self,
@@ -70,7 +73,7 @@ class PortableKernel:
             "output_names": list(self.outputs),
             "header": self.defines + (_FOLDER / prelude).read_text(),
             "source": (_FOLDER / self.body).read_text(),
-            "ensure_row_contiguous": False,
+            "ensure_row_contiguous": self.contiguous,
         }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kernels import reference
+from metal_kernels.decode_plan import plan_decode
 from metal_kernels.kernels.blocks import gather_blocks
 from metal_kernels.kernels.dispatch import Accepted, DecodeVariant, Rejected
 from metal_kernels.kernels.paged_decode import paged_decode
@@ -53,14 +54,17 @@ def paged_attention(
     most = 1 if isinstance(decode, Accepted) else 0  # rows of a request that is not gathered
     singles, others = batch.once(("requests by rows", most), lambda: _by_rows(batch, most))
     if isinstance(decode, Accepted) and singles.size:
+        per_range = kv_cache.shape[3] * decode.variant.parts
+        plan = batch.once(
+            ("decode plan", sliding_window, per_range),
+            lambda: plan_decode(batch, singles, sliding_window, per_range),
+        )
         out = paged_decode(
             query,
             kv_cache,
-            batch,
-            singles,
+            plan,
             decode.variant,
             scale=scale,
-            sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,
             order_token=order_token,

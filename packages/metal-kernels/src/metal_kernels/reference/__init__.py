@@ -7,6 +7,8 @@ the old array at once, keep no view of it, and evaluate a step before building t
 
 from metal_kernels.reference.attention import paged_attention
 from metal_kernels.reference.cache import copy_blocks, gather_kv_cache, reshape_and_cache
+from metal_kernels.reference.decode import decode_attention
+from metal_kernels.reference.fused import add_rms_norm, rope_and_cache, silu_and_mul
 from metal_kernels.reference.latent import concat_and_cache_mla, mla_attention
 from metal_kernels.reference.quantized import (
     quantized_gather_kv_cache,
@@ -15,8 +17,10 @@ from metal_kernels.reference.quantized import (
 )
 
 __all__ = [
+    "add_rms_norm",
     "concat_and_cache_mla",
     "copy_blocks",
+    "decode_attention",
     "gather_kv_cache",
     "mla_attention",
     "paged_attention",
@@ -24,4 +28,6 @@ __all__ = [
     "quantized_paged_attention",
     "quantized_reshape_and_cache",
     "reshape_and_cache",
+    "rope_and_cache",
+    "silu_and_mul",
 ]

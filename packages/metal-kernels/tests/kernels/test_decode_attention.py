@@ -1,0 +1,59 @@
+"""Planned decode rows: the kernel, the twin of the plan, and paged attention agree."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_kernels import RaggedBatch, decode_plan, kernels, reference
+
+BLOCK_SIZE = 16
+
+
+def batch_of(rng, seq_lens):
+    needed = [-(-n // BLOCK_SIZE) for n in seq_lens]
+    ids = (rng.permutation(sum(needed)) + 1).astype(np.int32)
+    table = np.zeros((len(seq_lens), 64), np.int32)
+    for request, count in enumerate(needed):
+        table[request, :count], ids = ids[:count], ids[count:]
+    starts = np.arange(len(seq_lens) + 1, dtype=np.int32)
+    return RaggedBatch(starts, np.array(seq_lens, np.int32), table), sum(needed) + 1
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("seq_lens", [[5], [70, 1, 9], [900, 3]], ids=str)
+def test_padded_plan(seq_lens, window):
+    rng = np.random.default_rng(0)
+    batch, blocks = batch_of(rng, seq_lens)
+    query = mx.array(rng.normal(size=(4, 4, 64)).astype(np.float32))
+    cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, 2, 64)).astype(np.float32))
+    sizes, packed = decode_plan.pack_decode(batch, window, 2, 4, BLOCK_SIZE)
+    assert packed.size == sum(sizes.elements)
+    plan = sizes.unpack(mx.array(packed))
+    rows = len(seq_lens)
+    want = reference.paged_attention(query[:rows], cache, batch, scale=0.125, sliding_window=window)
+    variant = kernels.decode_kernel("metal", mx.float32, mx.float32, 64, BLOCK_SIZE, 2).variant
+    for out in (
+        kernels.paged_decode(query, cache, plan, variant, scale=0.125),
+        reference.decode_attention(query, cache, plan, scale=0.125),
+    ):
+        np.testing.assert_allclose(out[:rows], want, rtol=2e-5, atol=2e-5)
+        np.testing.assert_array_equal(out[rows:], mx.zeros((4 - rows, 4, 64)))
+
+
+def test_sizes_are_shared_by_steps_that_follow_each_other():
+    rng = np.random.default_rng(0)
+    sizes = {
+        decode_plan.pack_decode(batch_of(rng, [n, n + 100])[0], None, 2, 4, BLOCK_SIZE)[0] for n in range(600, 700)
+    }
+    assert len(sizes) == 1
+
+
+def test_soft_cap_and_sinks_of_the_twin():
+    rng = np.random.default_rng(0)
+    batch, blocks = batch_of(rng, [70, 9])
+    query, sinks = mx.array(rng.normal(size=(2, 4, 64)) * 2).astype(mx.float32), mx.array(rng.normal(size=4))
+    cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, 2, 64)).astype(np.float32))
+    options = {"scale": 0.125, "soft_cap": 3.0, "sinks": sinks.astype(mx.float32)}
+    plan = decode_plan.plan_decode(batch, np.arange(2, dtype=np.int32), None, 2)
+    want = reference.paged_attention(query, cache, batch, **options)
+    np.testing.assert_allclose(reference.decode_attention(query, cache, plan, **options), want, rtol=2e-5, atol=2e-5)
