@@ -204,13 +204,26 @@ class PagedView(CacheView):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Return attention over the block table of every row's request."""
+        metadata = self.step.metadata[self._layer.group]
+        return self._attend(queries, metadata, self.window_of(mask), scale=scale, soft_cap=soft_cap, sinks=sinks)
+
+    def _attend(
+        self,
+        queries: mx.array,
+        metadata: AttentionMetadata,
+        window: int | None,
+        *,
+        scale: float,
+        soft_cap: float | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
         out = self._layer.attend(
             _rows(queries, self._key_padding),
-            self.step.metadata[self._layer.group],
+            metadata,
             scale=scale,
             soft_cap=soft_cap,
             sinks=sinks,
-            sliding_window=self.window_of(mask),
+            sliding_window=window,
             order_token=self._order_token,
         )
         if self._value_padding:

@@ -19,6 +19,7 @@ _ADAPTED = {
     "gear",
     "gemma2",
     "gpt_bigcode",
+    "llama4",
     "minicpm3",
     "plamo",
     "stablelm",

@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from metal_models.attention_layer import NotingView
 from metal_models.cache_view import Step
+from metal_models.chunked_layer import NotingChunks
 from metal_models.errors import UnsupportedModelError
 from metal_models.head_split import HeadSplit
 from metal_models.layer import Layer, NotingCache, NotingList, all_specs
@@ -20,9 +21,7 @@ from metal_models.recurrent_layer import NotingStates
 _ROWS = 2
 
 # Kinds of cache that no layer stands behind yet.
-_UNKNOWN = {
-    "ChunkedKVCache": "attends within chunks",
-}
+_UNKNOWN = {}
 
 # What a model trips over -> what it wanted.
 _MEANINGS = {
@@ -104,6 +103,10 @@ def _states(step: _TracedStep, cache: ArraysCache) -> NotingCache:
     return NotingStates(len(cache.cache), step.calls)
 
 
+def _chunked(step: Step, cache: ChunkedKVCache) -> NotingCache:
+    return NotingChunks(step, int(cache.chunk_size))
+
+
 def _list(step: _TracedStep, cache: CacheList) -> NotingCache:
     return NotingList([_noting(step, part) for part in cache.caches])
 
@@ -113,6 +116,7 @@ _KINDS: dict[type, Callable[[_TracedStep, Any], NotingCache]] = {
     KVCache: _full,
     RotatingKVCache: _rotating,
     ArraysCache: _states,
+    ChunkedKVCache: _chunked,
     CacheList: _list,
 }
 
