@@ -16,8 +16,10 @@ from metal_models.tracing import trace
 _ADAPTED = {
     "afm7",
     "deepseek_v2",
+    "deepseek_v32",
     "gear",
     "gemma2",
+    "glm_moe_dsa",
     "gpt_bigcode",
     "llama4",
     "minicpm3",
