@@ -23,6 +23,7 @@ _ADAPTED = {
     "gpt_bigcode",
     "llama4",
     "minicpm3",
+    "minimax_m3_vl",
     "plamo",
     "stablelm",
     "youtu_llm",

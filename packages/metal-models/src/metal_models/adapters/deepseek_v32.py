@@ -84,13 +84,12 @@ class Attention(deepseek_v32.DeepseekV32Attention):
         output = self.o_proj(self.unembed_out(weighted).reshape(tokens, 1, -1))
         return output
 
-    def _attend_picked(
-        self, queries: mx.array, picked: mx.array, pages: mx.array, batch: RaggedBatch
-    ) -> mx.array:
+    def _attend_picked(self, queries: mx.array, picked: mx.array, pages: mx.array, batch: RaggedBatch) -> mx.array:
         """Attend every row to the latents at its picked positions; each row is a batch entry of its own."""
         outputs = []
         for rows in sparse_rows.pieces(len(queries), picked.shape[1] * pages.shape[-1]):
-            keys = sparse_rows.gather(pages, batch, rows, picked[rows])[:, None].astype(queries.dtype)
+            keys = pages[sparse_rows.slots(batch, rows, picked[rows], pages.shape[1])]
+            keys = keys[:, None].astype(queries.dtype)
             out = mx.fast.scaled_dot_product_attention(
                 queries[rows, None],
                 keys,

@@ -28,7 +28,7 @@ def pick(pages: mx.array, batch: RaggedBatch, count: int, score: Score, heads: i
         int32 ``[tokens, count]``.
     """
     picked = []
-    for rows, keys, positions in _requests(pages, batch, heads):
+    for rows, keys, positions in requests(pages, batch, heads):
         if len(keys) <= count:
             chosen = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (len(positions), count))
         else:
@@ -39,8 +39,14 @@ def pick(pages: mx.array, batch: RaggedBatch, count: int, score: Score, heads: i
     return picked[0] if len(picked) == 1 else mx.concatenate(picked)
 
 
-def _requests(pages: mx.array, batch: RaggedBatch, heads: int) -> Iterator[tuple[slice, mx.array, mx.array]]:
-    """Yield rows of one request, its keys and the rows' positions, few enough rows at a time."""
+def requests(pages: mx.array, batch: RaggedBatch, heads: int) -> Iterator[tuple[slice, mx.array, mx.array]]:
+    """Yield rows of one request, its cached rows and the positions of the former, few enough at a time.
+
+    Args:
+        pages: ``[blocks, block_size, *row]``.
+        batch: The step.
+        heads: Leading axis of the scores ``[heads, rows, keys]`` that are made of them.
+    """
     block_size = pages.shape[1]
     for request, end in enumerate(batch.seq_lens.tolist()):
         first, last = batch.query_start_loc[request : request + 2].tolist()
@@ -55,24 +61,22 @@ def _requests(pages: mx.array, batch: RaggedBatch, heads: int) -> Iterator[tuple
             yield slice(start, stop), keys, mx.arange(position, position + stop - start, dtype=mx.int32)
 
 
-def gather(pages: mx.array, batch: RaggedBatch, rows: slice, positions: mx.array) -> mx.array:
-    """Return the cached rows at some positions of each row's own request.
+def slots(batch: RaggedBatch, rows: slice, positions: mx.array, block_size: int) -> tuple[mx.array, mx.array]:
+    """Return block and offset of some positions of each row's own request.
 
     Args:
-        pages: ``[blocks, block_size, *row]``.
         batch: The step.
         rows: Rows of the step.
-        positions: int32 ``[rows, picked]``; -1 reads position 0.
+        positions: int32 ``[rows, picked]``; -1 stands for position 0.
+        block_size: Tokens of a block.
 
     Returns:
-        ``[rows, picked, *row]``.
+        Two arrays ``[rows, picked]`` to index pages with.
     """
-    block_size = pages.shape[1]
     owners = np.repeat(np.arange(batch.num_reqs, dtype=np.int32), batch.query_lens)[rows]
-    safe = mx.maximum(positions, 0)
     table = batch.once("block table", lambda: mx.array(batch.block_table))
-    blocks = table[mx.array(owners)[:, None], safe // block_size]
-    return pages.reshape(-1, *pages.shape[2:])[blocks * block_size + safe % block_size]
+    safe = mx.maximum(positions, 0)
+    return table[mx.array(owners)[:, None], safe // block_size], safe % block_size
 
 
 def pieces(tokens: int, elements: int) -> Iterator[slice]:
