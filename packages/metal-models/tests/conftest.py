@@ -16,6 +16,7 @@ import pytest
 from mlx.utils import tree_map_with_path
 from mlx_lm.generate import generate_step
 
+from metal_kv import unify_page_sizes
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.layout import CacheGroup, CacheLayout
 from metal_kv.pool import KVCachePool
@@ -82,7 +83,7 @@ class Server:
 
     def __init__(self, model: PagedModel, num_blocks: int = 256) -> None:
         self.model = model
-        self.groups = _groups(model.kv_cache_specs(BLOCK_SIZE))
+        self.groups = _groups(unify_page_sizes(model.kv_cache_specs(BLOCK_SIZE)))
         self.pool = KVCachePool(CacheLayout.from_groups(self.groups, num_blocks))
         self.free = list(range(1, num_blocks))
         random.Random(7).shuffle(self.free)
@@ -91,21 +92,30 @@ class Server:
         """Start a request, reading the first blocks of another one's cache if asked to."""
         blocks = [[] for _ in self.groups]
         if shares is not None:
-            blocks = [list(table[: shared_tokens // BLOCK_SIZE]) for table in shares.blocks]
+            blocks = [
+                list(table[: shared_tokens // group.block_size])
+                for table, group in zip(shares.blocks, self.groups, strict=True)
+            ]
         return Request(list(tokens), shared_tokens, blocks)
 
     def step(self, work: Sequence[tuple[Request, int]]) -> mx.array:
         """Compute the next ``n`` tokens of every request; append a greedy token where it was the last."""
         work = sorted(work, key=lambda item: item[1] > 1)
         for request, count in work:
-            needed = -(-(request.computed + count) // BLOCK_SIZE)
-            for table in request.blocks:
+            for table, group in zip(request.blocks, self.groups, strict=True):
+                needed = -(-(request.computed + count) // group.block_size)
                 table.extend(self.free.pop() for _ in range(needed - len(table)))
         starts = np.array([0, *itertools.accumulate(count for _, count in work)], np.int32)
         seq_lens = np.array([request.computed + count for request, count in work], np.int32)
         metadata = [
-            AttentionMetadata.build(starts, seq_lens, _table([r.blocks[g] for r, _ in work]), BLOCK_SIZE)
-            for g in range(len(self.groups))
+            AttentionMetadata.build(
+                starts,
+                seq_lens,
+                _table([r.blocks[g] for r, _ in work]),
+                group.block_size,
+                keeps_rows=group.keeps_rows,
+            )
+            for g, group in enumerate(self.groups)
         ]
         ids = [t for r, n in work for t in r.tokens[r.computed : r.computed + n]]
         hidden = self.model.forward(mx.array(ids, mx.int32), metadata, self.pool)
@@ -121,13 +131,13 @@ class Server:
 
 
 def _groups(specs: dict[str, KVCacheSpec]) -> list[CacheGroup]:
-    """Put layers of one window into one group, or all layers where pages of different bytes cannot share slabs."""
-    by_window: dict[Any, dict[str, KVCacheSpec]] = {}
+    """Put layers of one kind into one group, or all layers where pages of different bytes cannot share slabs."""
+    by_kind: dict[Any, dict[str, KVCacheSpec]] = {}
     for name, spec in specs.items():
-        by_window.setdefault(spec.window, {})[name] = spec
+        by_kind.setdefault((type(spec), getattr(spec, "window", None)), {})[name] = spec
     if len({spec.page_size_bytes for spec in specs.values()}) > 1:
-        by_window = {None: specs}
-    return [CacheGroup(tuple(layers), tuple(layers.values())) for layers in by_window.values()]
+        by_kind = {None: specs}
+    return [CacheGroup(tuple(layers), tuple(layers.values())) for layers in by_kind.values()]
 
 
 def _table(tables: list[list[int]]) -> np.ndarray:

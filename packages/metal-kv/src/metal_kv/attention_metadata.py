@@ -37,6 +37,7 @@ class AttentionMetadata:
         positions: Int32[mx.array, "tokens"] | None = None,
         *,
         kernel_block_size: int | None = None,
+        keeps_rows: bool = True,
     ) -> "AttentionMetadata":
         """Build the metadata of a step on the host.
 
@@ -48,6 +49,7 @@ class AttentionMetadata:
             block_size: Tokens per allocated block.
             positions: The step's positions when another group already has them.
             kernel_block_size: Tokens per block as kernels see them; None for ``block_size``.
+            keeps_rows: False for a group of recurrent layers, which write no rows: every slot is -1.
 
         Raises:
             BlockTableError: A row lies beyond the request's blocks.
@@ -67,7 +69,10 @@ class AttentionMetadata:
             block_table=kernel_block_table(block_table, block_size // kernel_block_size),
         )
         host_positions = token_positions(starts, lens)
-        slots = slot_mapping(starts, host_positions, block_table, block_size)
+        if keeps_rows:
+            slots = slot_mapping(starts, host_positions, block_table, block_size)
+        else:
+            slots = np.full(len(host_positions), -1, np.int32)
         if positions is None:
             positions = mx.array(host_positions)
         return cls(batch, mx.array(slots), positions)

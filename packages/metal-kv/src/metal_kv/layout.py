@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metal_kv.errors import SpecError
-from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, with_block_size
+from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec, with_block_size
 
 _MAX_SLOTS = 2**31 - 1
 
@@ -60,6 +60,11 @@ class CacheGroup:
     def block_size(self) -> int:
         """Tokens per allocated block."""
         return self.specs[0].block_size
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether every token has a slot of its own in a block; states have none."""
+        return not all(isinstance(spec, RecurrentStateSpec) for spec in self.specs)
 
     def max_blocks_per_request(self, num_tokens: int, max_in_flight_tokens: int = 0) -> int:
         """Blocks that one request of ``num_tokens`` holds in this group at its fullest."""
@@ -152,7 +157,7 @@ class CacheLayout:
                 f"[CacheLayout] expected at least one layer and every layer once, got {names}. "
                 "Put each layer into exactly one group."
             )
-        most_blocks = _MAX_SLOTS // max(group.block_size for group in groups)
+        most_blocks = _MAX_SLOTS // max((group.block_size for group in groups if group.keeps_rows), default=1)
         if not 2 <= num_blocks <= most_blocks:
             raise SpecError(
                 f"[CacheLayout] expected 2 to {most_blocks} blocks (block 0 is reserved; slots are 32-bit), "
