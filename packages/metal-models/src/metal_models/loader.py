@@ -41,7 +41,7 @@ def _expanded_nbytes(module: nn.Module) -> int:
     for _, layer in module.named_modules():
         own = {name: array for name, array in layer.items() if isinstance(array, mx.array)}
         if "scales" in own:
-            values = own["weight"].size * 32 // layer["bits"]
+            values = own["weight"].size * 32 // layer.bits
             nbytes += values * own["scales"].dtype.size
         nbytes += sum(array.nbytes for name, array in own.items() if "scales" not in own or name == "bias")
     return nbytes
