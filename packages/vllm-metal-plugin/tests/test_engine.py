@@ -178,3 +178,34 @@ def test_unsupported_request_is_a_value_error(engine: Callable[..., LLM]) -> Non
 def test_longest_length_that_fits(engine: Callable[..., LLM]) -> None:
     llm = engine(max_model_len=-1, kv_cache_memory_bytes=80 * 2 * 2 * 2 * 16 * 4)
     assert 32 <= llm.llm_engine.vllm_config.model_config.max_model_len < 80
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "int8_per_token_head"},
+        {"additional_config": {"kv_cache_dtype": {"key": "int8", "value": "int4"}}},
+    ],
+)
+def test_quantised_cache_with_prefix_hits(
+    engine: Callable[..., LLM], mlx_lm_logprobs: Any, options: dict[str, Any]
+) -> None:
+    """Greedy tokens of a quantised cache are nearly the best ones, and hits give what the first computation gave."""
+    llm = engine(block_size=8, **options)
+    prompt = [1, *range(30, 70)]
+    [first] = generate(llm, [prompt])
+    [again] = llm.generate([{"prompt_token_ids": prompt}], GREEDY, use_tqdm=False)
+    assert again.num_cached_tokens == 40
+    assert list(again.outputs[0].token_ids) == first
+    logprobs = mlx_lm_logprobs([*prompt, *first])[len(prompt) - 1 : -1]
+    shortfall = logprobs.max(axis=-1) - logprobs[range(20), first]
+    assert shortfall.mean() < 0.2
+
+
+def test_quantised_cache_holds_more(engine: Callable[..., LLM]) -> None:
+    def blocks(**options: Any) -> int:
+        return int(engine(**options).llm_engine.vllm_config.cache_config.num_gpu_blocks)
+
+    plain = blocks()
+    assert blocks(kv_cache_dtype="int8_per_token_head") > 2.5 * plain

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_metal_plugin.cache_formats import CacheFormats
 from vllm_metal_plugin.envs import MetalEnvs, read_envs
 
 if TYPE_CHECKING:
@@ -16,12 +17,14 @@ class MetalConfig:
     Attributes:
         max_num_tokens: Token rows of the largest step.
         max_num_reqs: Requests that run at a time.
+        cache_formats: How keys and values are cached.
     """
 
     envs: MetalEnvs
     max_num_tokens: int
     max_num_reqs: int
     logprobs_mode: str
+    cache_formats: CacheFormats
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MetalConfig":
@@ -32,4 +35,5 @@ class MetalConfig:
             max_num_tokens=scheduler.max_num_batched_tokens,
             max_num_reqs=scheduler.max_num_seqs,
             logprobs_mode=str(vllm_config.model_config.logprobs_mode),
+            cache_formats=CacheFormats.from_vllm(vllm_config),
         )

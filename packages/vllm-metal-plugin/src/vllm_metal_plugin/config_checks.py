@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from vllm_metal_plugin.cache_formats import CacheFormats
 from vllm_metal_plugin.envs import MetalEnvs
 from vllm_metal_plugin.errors import UnsupportedConfigError
 
@@ -21,6 +22,7 @@ def check_config(vllm_config: "VllmConfig", envs: MetalEnvs) -> None:
     for check in CHECKS:
         for problem in check(vllm_config, envs):
             raise UnsupportedConfigError(f"[config] {problem}")
+    CacheFormats.from_vllm(vllm_config)
 
 
 def _paged(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -83,17 +85,10 @@ def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         yield (f"expected --load-format to be one of {', '.join(LOAD_FORMATS)}, got {load_format}. Drop the option.")
 
 
-def _cache(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
-    dtype = str(config.cache_config.cache_dtype)
-    if dtype not in ("auto", "float16", "bfloat16", "float32"):
-        yield (f"expected --kv-cache-dtype auto, got {dtype}. A quantised KV cache is not supported in this version.")
-
-
 CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _paged,
     _parallel,
     _features,
     _model,
     _loading,
-    _cache,
 )

@@ -38,6 +38,13 @@ def _to_vllm(name: str, spec: metal_kv.KVCacheSpec) -> vllm_kv.KVCacheSpec:
             return vllm_kv.SlidingWindowSpec(**_heads(spec), sliding_window=spec.sliding_window)
         case metal_kv.FullAttentionSpec():
             return vllm_kv.FullAttentionSpec(**_heads(spec))
+        case metal_kv.LatentSpec():
+            return vllm_kv.MLAAttentionSpec(
+                block_size=spec.block_size,
+                num_kv_heads=1,
+                head_size=spec.latent_size + spec.rope_size,
+                dtype=_TORCH_DTYPES[spec.dtype],
+            )
         case _:
             raise UnsupportedConfigError(
                 f"[kv cache] expected attention layers, got {type(spec).__name__} for {name}. "
@@ -46,12 +53,14 @@ def _to_vllm(name: str, spec: metal_kv.KVCacheSpec) -> vllm_kv.KVCacheSpec:
 
 
 def _heads(spec: Any) -> dict[str, Any]:
-    return {
+    # Quantised rows: for vLLM one slot that holds all heads, of so many bytes.
+    packed = {"num_head_slots": 1, "state_content_bytes": spec.rows.row_bytes} if spec.rows else {}
+    return packed | {
         "block_size": spec.block_size,
         "num_kv_heads": spec.num_kv_heads,
         "head_size": spec.head_size,
         "head_size_v": spec.head_size_v or spec.head_size,
-        "dtype": _TORCH_DTYPES[spec.dtype],
+        "dtype": _TORCH_DTYPES[mx.uint8 if spec.rows else spec.dtype],
     }
 
 

@@ -8,7 +8,14 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOu
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 import metal_models
-from metal_kv import CacheGroup, KVCachePool, MemoryBudget, bytes_per_block, max_blocks_per_request
+from metal_kv import (
+    CacheGroup,
+    KVCachePool,
+    MemoryBudget,
+    bytes_per_block,
+    max_blocks_per_request,
+    quantize_specs,
+)
 from vllm_metal_plugin import kv_cache, memory
 from vllm_metal_plugin.config import MetalConfig
 from vllm_metal_plugin.device import device_name, select_device
@@ -48,7 +55,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, "KVCacheSpec"]:
         """What the scheduler must know of each layer's cache."""
-        self.specs = self.model.kv_cache_specs(self.cache_config.block_size)
+        formats = self.config.cache_formats
+        specs = self.model.kv_cache_specs(self.cache_config.block_size)
+        self.specs = quantize_specs(specs, formats.key, formats.value)
         return kv_cache.to_vllm_specs(self.specs)
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
