@@ -107,7 +107,9 @@ def test_prefix_cache_from_the_environment(  # type: ignore[no-untyped-def]
     [
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "--tensor-parallel-size"),
         ({"enable_lora": True}, "--enable-lora"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "skip-layers"),
+        ({"additional_config": {"kv_cache_dtype": {"key": "int5"}}}, "int5"),
         ({"load_format": "dummy"}, "--load-format"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["some.module:Class"]}, "--logits-processors"),

@@ -8,6 +8,7 @@ from metal_kv.errors import BlockTableError, MetalKVError, NotEnoughMemoryError,
 from metal_kv.hybrid import unify_page_sizes
 from metal_kv.layout import CacheGroup, CacheLayout, LayerPlace, bytes_per_block, max_blocks_per_request
 from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.prefix_tree import Match, PrefixTree
 from metal_kv.quantization import quantize_specs
 from metal_kv.recurrent_state import StateBlocks, state_blocks
 from metal_kv.slot_mapping import slot_mapping, token_positions
@@ -52,6 +53,8 @@ __all__ = [
     "MemoryBudget",
     "BlockPool",
     "SequenceBlocks",
+    "PrefixTree",
+    "Match",
     # errors
     "MetalKVError",
     "SpecError",

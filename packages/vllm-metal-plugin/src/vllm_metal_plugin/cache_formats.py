@@ -64,7 +64,8 @@ def _parse(option: Any, default: ElementFormat | None) -> CacheFormats:
     for half, element in formats.items():
         if half not in ("key", "value") or element not in (None, *get_args(ElementFormat)):
             raise UnsupportedConfigError(
-                f"[config] expected {OPTION} of --additional-config to be one of {', '.join(get_args(ElementFormat))}, "
+                f"[config] expected {OPTION} of --additional-config to be one of "
+                f"{', '.join(get_args(ElementFormat))}, "
                 f'or {{"key": …, "value": …}} of these, got {option!r}. Correct it.'
             )
     return CacheFormats(**formats)
