@@ -39,6 +39,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     def value(name: str, array: mx.array) -> mx.array:
         nonlocal key
         key, use = mx.random.split(key)
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return mx.random.randint(0, 2**31 - 1, array.shape, key=use).astype(array.dtype)
         noise = mx.random.normal(array.shape, key=use)
         if array.ndim < 2:
             return array + 0.2 * noise

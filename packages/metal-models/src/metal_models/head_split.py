@@ -44,6 +44,9 @@ class _Stand:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._module
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self._module).__call__(self, *args, **kwargs)
 

@@ -11,14 +11,14 @@ class ModuleCalls:
     """The chain of calls from the model to the innermost module, as ``watched`` records it."""
 
     def __init__(self) -> None:
-        self._chain: list[tuple[nn.Module, tuple[Any, ...]]] = []
+        self._chain: list[tuple[Any, tuple[Any, ...]]] = []
 
-    def that_take(self, argument: object) -> tuple[nn.Module, ...]:
+    def that_take(self, argument: object) -> tuple[Any, ...]:
         """Return the modules under way that were given ``argument`` itself, outermost first."""
         return tuple(module for module, given in self._chain if any(value is argument for value in given))
 
-    def enter(self, module: nn.Module, given: tuple[Any, ...]) -> None:
-        """Note that ``module`` was called."""
+    def enter(self, module: Any, given: tuple[Any, ...]) -> None:
+        """Note that ``module``, or what stands for one, was called."""
         self._chain.append((module, given))
 
     def leave(self) -> None:

@@ -15,6 +15,7 @@ from metal_models.tracing import trace
 # mlx-lm's model files that adapters has a module for, of the same name and with the same two names in it.
 _ADAPTED = {
     "afm7",
+    "baichuan_m1",
     "deepseek_v2",
     "deepseek_v32",
     "gear",
@@ -22,15 +23,19 @@ _ADAPTED = {
     "glm_moe_dsa",
     "gpt_bigcode",
     "llama4",
+    "longcat_flash_ngram",
     "minicpm3",
     "minimax_m3_vl",
     "plamo",
+    "plamo2",
     "stablelm",
     "youtu_llm",
 }
 
 # Families whose code would run over the paged cache but compute something else: model file -> reason.
-_REFUSED: dict[str, str] = {}
+_REFUSED = {
+    "phi3small": "mlx-lm lets a token of its block-sparse layers see later ones, which no cache can repeat",
+}
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:

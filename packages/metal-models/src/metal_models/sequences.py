@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -51,7 +52,7 @@ def _runs(batch: RaggedBatch) -> list[SequenceRun]:
             int(lengths[start]),
             bool(fresh[start]),
         )
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, end in pairwise(bounds)
         if lengths[start] > 0
     ]
 
