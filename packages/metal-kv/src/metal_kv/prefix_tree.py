@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import mlx.core as mx
@@ -120,7 +121,7 @@ class PrefixTree(Generic[State]):
         cuts = [*sorted({known, *(p for p in states if known < p < len(token_ids))}), len(token_ids)]
         node = self._end_of(salt, path)
         added: list[mx.array] = []
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             if begin == end:
                 continue
             leaf: _Node[State] = _Node(np.array(token_ids[begin:end]), tuple(rows(begin, end)), node)
