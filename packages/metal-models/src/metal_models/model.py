@@ -8,10 +8,13 @@ import mlx.nn as nn
 from jaxtyping import Float, Int32
 from mlx.utils import tree_flatten
 
+from metal_kernels import target
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec
 from metal_models.cache_view import Step
+from metal_models.decode_program import decode_program
+from metal_models.decode_step import DecodeStep, decode_step
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
 from metal_models.registry import architecture_of
@@ -24,6 +27,8 @@ class PagedModel:
     Args:
         module: An mlx-lm model made by ``metal_models`` (see ``registry.model_classes``).
         config: As in the model's ``config.json``.
+        fused_decode: Whether steps of one row per request run as a compiled program of fused kernels, where the model
+            and the device have one; else everything runs on the model's own modules.
 
     Attributes:
         module: The model.
@@ -37,7 +42,7 @@ class PagedModel:
         UnsupportedModelError: A layer asks for something the paged cache does not have.
     """
 
-    def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, config: dict[str, Any], *, fused_decode: bool = True) -> None:
         self.module = module
         self.config = config
         self._split = HeadSplit(module)
@@ -46,6 +51,8 @@ class PagedModel:
         self.hidden_size = self._trace.hidden_size
         self.dtype = self._trace.dtype
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
+        self._program = decode_program(module) if fused_decode and target() != "cpu" else None
+        self._decode_step: DecodeStep | None = None
         self._step = Step()
         self._views: list[Any] = []
         self._pool: KVCachePool | None = None
@@ -70,6 +77,8 @@ class PagedModel:
         """
         if pool is not self._pool:
             self._bind(pool)
+        if self._decode_step is not None and self._decode_step.serves(metadata):
+            return self._decode_step(token_ids, metadata)
         self._step.begin(metadata)
         try:
             hidden = self._split.hidden(token_ids[:, None], list(self._views))
@@ -85,6 +94,7 @@ class PagedModel:
         """Make one view per cache of the model, over the layers of ``pool``."""
         self._step = Step()
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
+        self._decode_step = decode_step(self._program, [f"{name}.attn" for name in self._trace.layers], pool)
         self._pool = pool
 
 

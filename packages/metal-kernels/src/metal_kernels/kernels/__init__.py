@@ -6,7 +6,7 @@ kernel that reads the cache takes it as an input: that alone orders the two, wit
 
 from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
-from metal_kernels.kernels.dispatch import Accepted, Rejected, decode_kernel, page_kernels, row_kernels
+from metal_kernels.kernels.dispatch import Accepted, DecodeVariant, Rejected, decode_kernel, page_kernels, row_kernels
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
@@ -16,6 +16,7 @@ from metal_kernels.kernels.step import paged_attention
 
 __all__ = [
     "Accepted",
+    "DecodeVariant",
     "Rejected",
     "add_rms_norm",
     "copy_blocks",

@@ -1,0 +1,170 @@
+"""Steps in which every request has one row: a compiled graph for each bucket of sizes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Int32
+
+from metal_kernels import DecodeSizes, decode_attention, kernels, pack_decode, rope_and_cache, target
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.spec import AttentionSpec
+from metal_models.decode_program import DecodeLayer, DecodeProgram
+
+# Requests that a step is padded to.
+_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_MIN_ELEMENTS = 8  # MLX puts smaller inputs in another Metal address space
+
+
+@dataclass(frozen=True)
+class _PlanKey:
+    """What layers that share a decode plan have in common."""
+
+    group: int
+    window: int | None
+    groups_per_range: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class _StepSizes:
+    """What one compiled graph is for: padded requests, and the sizes of every plan."""
+
+    reqs: int
+    plans: tuple[tuple[_PlanKey, DecodeSizes], ...]
+
+
+class DecodeStep:
+    """A decode program bound to the layers of a pool.
+
+    Args:
+        program: The model's layers.
+        caches: The pool's layers, in the same order.
+        compiled: Whether steps are compiled; uncompiled, they run on any device, through the kernels' twins.
+    """
+
+    def __init__(self, program: DecodeProgram, caches: Sequence[LayerCache], *, compiled: bool) -> None:
+        self._program = program
+        self._caches = list(caches)
+        self._keys = [_plan_key(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)]
+        self._compiled = compiled
+        self._graphs: dict[_StepSizes, Callable[[mx.array, mx.array], mx.array]] = {}
+
+    def serves(self, metadata: Sequence[AttentionMetadata]) -> bool:
+        """Whether every request of the step has one row, and there are not too many."""
+        batch = metadata[0].batch
+        return 0 < batch.num_reqs <= _BUCKETS[-1] and batch.num_decodes == batch.num_reqs
+
+    def __call__(
+        self, token_ids: Int32[mx.array, "tokens"], metadata: Sequence[AttentionMetadata]
+    ) -> Float[mx.array, "tokens hidden"]:
+        """Write the step's keys and values and return its hidden rows, lazily.
+
+        Args:
+            token_ids: One id for each request.
+            metadata: One per cache group.
+        """
+        rows = metadata[0].batch.num_reqs
+        sizes, packed = _packed(metadata, self._keys)
+        graph = self._graphs.get(sizes)
+        if graph is None:
+            graph = partial(self._run, sizes)
+            graph = self._graphs[sizes] = mx.compile(graph) if self._compiled else graph
+        if rows < sizes.reqs:
+            token_ids = mx.pad(token_ids, (0, sizes.reqs - rows))
+        hidden = graph(token_ids, mx.array(packed))
+        return hidden[:rows] if rows < sizes.reqs else hidden
+
+    def _run(self, sizes: _StepSizes, token_ids: mx.array, packed: mx.array) -> mx.array:
+        """Compute a step from its padded ids and the one array that says everything else."""
+        slots_size = max(_MIN_ELEMENTS, sizes.reqs)
+        positions, at = packed[: sizes.reqs], slots_size
+        slots, plans = {}, {}
+        for key, plan_sizes in sizes.plans:
+            slots[key], at = packed[at : at + slots_size], at + slots_size
+            plans[key], at = (
+                plan_sizes.unpack(packed[at : at + sum(plan_sizes.elements)]),
+                at + sum(plan_sizes.elements),
+            )
+        cos_sin: dict[Any, mx.array] = {}
+
+        def attend(index: int, layer: DecodeLayer, qkv: mx.array) -> mx.array:
+            key, cache = self._keys[index], self._caches[index]
+            if layer.rotation not in cos_sin:
+                cos_sin[layer.rotation] = layer.rotation.cos_sin(positions)
+            query = _write(cache, layer, qkv, cos_sin[layer.rotation], slots[key])
+            return decode_attention(query, cache.kv_cache, plans[key], scale=layer.scale)
+
+        return self._program(token_ids, attend)
+
+
+def decode_step(program: DecodeProgram | None, names: Sequence[str], pool: KVCachePool) -> DecodeStep | None:
+    """Bind ``program`` to the layers ``names`` of ``pool``; None where kernels do not write in place or attend."""
+    if program is None or target() == "cpu" or len(names) != len(program.layers):
+        return None
+    caches = [pool.layer(name) for name in names]
+    if not all(_served(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)):
+        return None
+    return DecodeStep(program, caches, compiled=True)
+
+
+def _served(cache: LayerCache, q_heads: int) -> bool:
+    """Whether kernels write the layer's pages in place and attend over them."""
+    pages = cache.kv_cache
+    # A compiled step holds the pages themselves, so a view made anew at every access will not do.
+    if not isinstance(cache.spec, AttentionSpec) or pages.ndim != 5 or cache.kv_cache is not pages:
+        return False
+    return kernels.move_pages(pages) and isinstance(_variant(pages, q_heads), kernels.Accepted)
+
+
+def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:
+    _, _, block_size, kv_heads, head_size = pages.shape
+    return kernels.decode_kernel(target(), pages.dtype, pages.dtype, head_size, block_size, q_heads // kv_heads)
+
+
+def _plan_key(cache: LayerCache, q_heads: int) -> _PlanKey:
+    pages = cache.kv_cache
+    window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
+    decode = _variant(pages, q_heads)
+    parts = decode.variant.parts if isinstance(decode, kernels.Accepted) else 1
+    return _PlanKey(cache.group, window, pages.shape[3] * parts, pages.shape[2])
+
+
+def _packed(
+    metadata: Sequence[AttentionMetadata], keys: Sequence[_PlanKey]
+) -> tuple[_StepSizes, Int32[np.ndarray, "elements"]]:
+    """Return positions, then slots and plan for each distinct key, as one array: it travels to the device at once."""
+    batch = metadata[0].batch
+    reqs = next(bucket for bucket in _BUCKETS if bucket >= batch.num_reqs)
+    positions = np.zeros(max(_MIN_ELEMENTS, reqs), np.int32)
+    positions[: batch.num_reqs] = batch.seq_lens - 1
+    parts, plans = [positions], []
+    for key in dict.fromkeys(keys):
+        group = metadata[key.group]
+        slots = np.full(len(positions), -1, np.int32)
+        slots[: batch.num_reqs] = np.asarray(group.slot_mapping)
+        sizes, plan = pack_decode(group.batch, key.window, key.groups_per_range, reqs, key.block_size)
+        plans.append((key, sizes))
+        parts += [slots, plan]
+    return _StepSizes(reqs, tuple(plans)), np.concatenate(parts)
+
+
+def _write(cache: LayerCache, layer: DecodeLayer, qkv: mx.array, cos_sin: mx.array, slots: mx.array) -> mx.array:
+    """Rotate and write a layer's rows; return the queries, which order the reads that follow."""
+    queries = []
+
+    def write(pages: mx.array) -> mx.array:
+        norms: dict[str, Any] = {}
+        if isinstance(layer.q_norm, nn.RMSNorm) and isinstance(layer.k_norm, nn.RMSNorm):
+            norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight, "eps": layer.q_norm.eps}
+        query, written = rope_and_cache(qkv, cos_sin, pages, slots, traditional=layer.rotation.traditional, **norms)
+        queries.append(query)
+        return written
+
+    cache.update(write)
+    return queries[0]
