@@ -266,3 +266,18 @@ def test_an_unknown_layer_is_refused_by_name():
     assert sum(array.nbytes for array in pool.arrays()) == pool.nbytes
     with pytest.raises(MetalKVError, match=r"got 'layers\.9'"):
         pool.layer("layers.9")
+
+
+def test_a_reset_pool_is_empty_and_no_larger():
+    pool = make_pool(9_000)
+    layer = pool.layer("f0")
+    metadata = AttentionMetadata.build([0, 3], [3], np.array([[5]], np.int32), BLOCK)
+    keys, values = (mx.ones((3, 4, 16)) for _ in "kv")
+    token = layer.write(keys, values, metadata)
+    layer.attend(mx.ones((3, 4, 16)), metadata, scale=1.0, order_token=token)
+    mx.eval(pool.arrays())
+    slab_bytes = pool.nbytes // pool.layout.num_slabs
+    assert peak_growth(pool.reset) < slab_bytes / 10
+    assert not any(array.any().item() for array in pool.arrays())
+    layer.write(keys, values, metadata)
+    np.testing.assert_array_equal(stored(layer, [5], 3)[0], np.ones((3, 4, 16)))

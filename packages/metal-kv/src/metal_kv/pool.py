@@ -71,6 +71,15 @@ class _Slab:
         tokens = [] if self.state_token is None else [self.state_token]
         return [self.array, *self._reads, *tokens]
 
+    def clear(self) -> None:
+        """Set every page to zero."""
+        shape, dtype = self.array.shape, self.array.dtype
+        self._reads.clear()
+        self.state_token = None
+        del self.array  # first: never two of them
+        self.array = mx.zeros(shape, dtype)
+        mx.eval(self.array)
+
     def keep_state_token(self, order_token: mx.array) -> None:
         """Keep what orders the next step's reads after this write, where writes are in place."""
         if target() != "cpu":
@@ -354,6 +363,13 @@ class KVCachePool:
         On CPU, evaluate them before building the next step, and drop the list: while it lives, writes copy.
         """
         return [array for slab in self._slabs for array in slab.pending()]
+
+    def reset(self) -> None:
+        """Set all pages of all slabs to zero; evaluated, one slab after the other, before it returns."""
+        mx.eval(self.arrays())
+        mx.synchronize()  # a step in flight may still write in place
+        for slab in self._slabs:
+            slab.clear()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks over all slabs, ``(source, destination)`` each; evaluated before it returns.
