@@ -121,3 +121,16 @@ def test_progress_is_plain_lines_when_not_a_terminal(hub, capsys):
 def test_exit_codes(hub, capsys, argv, code):
     assert main(argv) == code
     assert capsys.readouterr().err.startswith("vllm-metal: [")
+
+
+def test_every_result_is_there_for_scripts(hub, capsys, tmp_path):
+    hub.add("org/tiny", dict(FILES))
+    run = lambda *argv: json.loads(out(capsys, *argv, "--json"))  # noqa: E731
+    path = run("pull", "org/tiny")["path"]
+    assert run("path", "org/tiny")["path"] == path
+    assert run("verify", "org/tiny") == {"ok": True, "problems": {}}
+    assert run("export", "org/tiny", str(tmp_path / "x.tar"))["bytes"] > len(WEIGHTS)
+    assert list(run("rm", "org/tiny")["removed"]) == ["org/tiny"]
+    assert run("import", str(tmp_path / "x.tar"))["repo"] == "org/tiny"
+    assert run("list")[0]["model"] == "org/tiny"
+    assert out(capsys, "list", "--names") == "org/tiny\n"

@@ -1,6 +1,8 @@
 """What users get when hubs, networks and disks misbehave, for both hubs."""
 
+import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import time
 
 import pytest
 
-from vllm_metal_hub import errors
+from vllm_metal_hub import errors, store
 from vllm_metal_hub.resolver import resolve
 from vllm_metal_hub.testing import Fault
 from vllm_metal_hub.testing.repository import safetensors
@@ -23,6 +25,7 @@ FILES = {
 }
 BOTH = pytest.mark.parametrize("scheme", ["hf", "ms"])
 LISTING = {"hf": r"/api/models/org/tiny/tree", "ms": "repo/files"}
+CURRENT = {"hf": r"/api/models/org/tiny/revision", "ms": "repo/files"}
 
 
 @pytest.fixture
@@ -148,13 +151,16 @@ def test_a_token_opens_a_gate_only_where_the_user_allows_it(hub, monkeypatch, sc
 
 
 @BOTH
-def test_the_token_does_not_follow_to_the_storage(hub, monkeypatch, scheme):
+def test_a_redirect_to_storage_on_another_port_is_followed_without_the_token(hub, monkeypatch, scheme):
     hub.add("org/tiny", dict(FILES), gate="good")
     monkeypatch.setenv("HF_TOKEN", "good")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "good")
     monkeypatch.setenv("VLLM_METAL_HUB_TOKEN_TO_MIRROR", "1")
-    if scheme == "hf":
-        resolve(ref(scheme))
-        assert not any(r.authorized for r in hub.requests if r.on_storage)
+    assert_whole(resolve(ref(scheme)))
+    stored = [r for r in hub.requests if r.on_storage]
+    assert sum(r.sent for r in stored) == len(WEIGHTS)
+    assert any(r.authorized for r in hub.requests if not r.on_storage)
+    assert not any(r.authorized for r in stored)
 
 
 @BOTH
@@ -197,13 +203,54 @@ def test_data_that_hang_are_asked_again(hub, tiny, scheme):
     assert_whole(resolve(ref(scheme)))
 
 
-def test_the_other_hub_helps_when_one_is_down(hub, tiny, events, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "second", "route"),
+    [("huggingface", "modelscope", "/api/models/"), ("modelscope", "huggingface", "/api/v1/")],
+)
+def test_the_other_hub_helps_when_one_is_down(hub, tiny, events, monkeypatch, first, second, route):
     monkeypatch.setenv("VLLM_METAL_HUB_RETRIES", "2")
-    hub.fail(Fault("/api/models/", "status", times=-1))
-    snapshot = resolve("org/tiny", sources=("huggingface", "modelscope"), on_event=events)
+    hub.fail(Fault(route, "status", times=-1))
+    snapshot = resolve("org/tiny", sources=(first, second), on_event=events)
     assert_whole(snapshot)
-    assert snapshot.source == "modelscope"
-    assert any("huggingface" in note for note in events.notes)
+    assert snapshot.source == second
+    assert any(first in note for note in events.notes)
+
+
+@BOTH
+def test_storage_that_stays_unavailable_is_a_network_error_and_keeps_the_part(hub, tiny, monkeypatch, scheme):
+    monkeypatch.setenv("VLLM_METAL_HUB_RETRIES", "1")
+    hub.fail(Fault("/storage/", "drop", after=1_000_000))
+    with pytest.raises(errors.NetworkError):
+        resolve(ref(scheme))
+    hub.fail(Fault("/storage/", "status", times=-1))
+    with pytest.raises(errors.NetworkError, match="503"):
+        resolve(ref(scheme))
+    assert part_bytes() > 900_000
+    with pytest.raises(errors.OfflineError):
+        resolve(ref(scheme), offline=True)
+
+
+def test_a_model_has_another_name_at_the_other_hub(hub, tiny, monkeypatch, forget):
+    hub.add("them/renamed", dict(FILES))
+    hub_home().mkdir(parents=True)
+    (hub_home() / "aliases.toml").write_text('[modelscope]\n"org/tiny" = "them/renamed"\n')
+    hub.fail(Fault("/api/models/", "status", times=-1, status=404, headers={"X-Error-Code": "RepoNotFound"}))
+    snapshot = resolve("org/tiny", sources=("huggingface", "modelscope"))
+    assert (snapshot.repo, snapshot.source) == ("them/renamed", "modelscope")
+    forget()
+    hub.forget()
+    assert resolve("org/tiny", offline=True).path == snapshot.path
+    assert hub.requests == []
+    assert [item.manifest.repo for item in store.find("org/tiny")] == ["them/renamed"]
+    assert resolve("ms://org/tiny").repo == "org/tiny"
+
+
+@pytest.mark.parametrize("text", ["[nowhere]\n", "[modelscope]\nx = 1\n", "not toml"])
+def test_a_table_of_names_that_cannot_be_right(hub, tmp_path, monkeypatch, text):
+    (tmp_path / "names.toml").write_text(text)
+    monkeypatch.setenv("VLLM_METAL_HUB_ALIASES", str(tmp_path / "names.toml"))
+    with pytest.raises(errors.UsageError, match="aliases"):
+        resolve("org/tiny")
 
 
 def test_a_namesake_elsewhere_must_have_the_recorded_weights(hub, tiny, monkeypatch, forget):
@@ -300,10 +347,23 @@ def test_new_shards_upstream_never_mix_with_old_ones(hub, forget, scheme):
 @BOTH
 def test_checking_for_an_update_falls_back_to_the_pinned_copy(hub, tiny, forget, events, scheme):
     snapshot = resolve(ref(scheme))
-    hub.fail(Fault(LISTING[scheme], "status", times=-1))
+    hub.fail(Fault(CURRENT[scheme], "status", times=-1))
     again = resolve(ref(scheme), update="check", on_event=events)
     assert again.path == snapshot.path
     assert any("Using the copy pulled before" in note for note in events.notes)
+
+
+@BOTH
+def test_checking_for_an_update_costs_one_request(hub, forget, scheme):
+    index = b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    files = {"config.json": b"{}", "model.safetensors.index.json": index, "model-00001-of-00001.safetensors": b"1"}
+    repository = hub.add("org/tiny", dict(files))
+    old = resolve(ref(scheme))
+    hub.forget()
+    assert resolve(ref(scheme), update="check").path == old.path
+    assert [bool(re.search(CURRENT[scheme], r.path)) for r in hub.requests] == [True]
+    repository.files = {**files, "config.json": b'{"new": 1}'}
+    assert (resolve(ref(scheme), update="check").path / "config.json").read_bytes() == b'{"new": 1}'
 
 
 @BOTH
@@ -347,10 +407,46 @@ def test_room_that_runs_out_is_a_disk_error_and_leaves_no_part(hub, tiny, scheme
     assert part_bytes() == 0
 
 
-def test_a_cache_that_cannot_be_written_says_so(hub, tiny, monkeypatch):
+def test_a_cache_that_cannot_be_made_says_so(hub, tiny, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", "/dev/null/hub")
     with pytest.raises(errors.HubError, match="writable"):
         resolve("hf://org/tiny")
+
+
+def obey_permissions():
+    """Let permissions hold for root too: drop the capabilities that override them, before the program starts."""
+    libc = ctypes.CDLL(None)
+    if os.geteuid() == 0 and any(libc.prctl(24, capability, 0, 0, 0) for capability in (1, 2)):
+        os._exit(77)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops Linux capabilities")
+@BOTH
+def test_a_read_only_cache_serves_what_it_has_and_refuses_the_rest(hub, tiny, tmp_path, scheme):
+    path = resolve(ref(scheme)).path
+    hub.add("org/other", dict(FILES))
+    hub.forget()
+    writable = [folder for folder in (tmp_path, *tmp_path.rglob("*")) if folder.is_dir() and not folder.is_symlink()]
+    env = {**os.environ, "VLLM_METAL_HUB_RESOLVED": "{}"}
+
+    def pull(name):
+        return subprocess.run(
+            [sys.executable, "-m", "vllm_metal_hub", "pull", f"{scheme}://{name}"], env=env, text=True,
+            capture_output=True, check=False, preexec_fn=obey_permissions,
+        )  # fmt: skip
+
+    try:
+        for folder in writable:
+            folder.chmod(0o555)
+        again, other = pull("org/tiny"), pull("org/other")
+    finally:
+        for folder in writable:
+            folder.chmod(0o755)
+    assert (again.returncode, again.stdout.strip()) == (0, str(path)), again.stderr
+    assert other.returncode == 1
+    assert "expected readable and writable caches" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert hub.requests == []
 
 
 @BOTH

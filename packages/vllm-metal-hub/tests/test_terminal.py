@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from vllm_metal_hub.terminal import FlowingText, StageDisplay, bytes_text, seconds_text
+from vllm_metal_hub.terminal import FlowingText, StageDisplay, seconds_text
 
 
 def console(terminal, width=20):
@@ -38,13 +38,6 @@ def test_stages_are_plain_lines_elsewhere():
     lines = screen.file.getvalue().splitlines()
     assert lines[0] == "x …"
     assert [line.split("s  ")[1] for line in lines[1:]] == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(5, "5 B"), (98_362_432, "98.4 MB"), (2.1e9, "2.1 GB"), (9e12, "9000.0 GB")]
-)
-def test_sizes(count, text):
-    assert bytes_text(count) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.0851, "85 ms"), (2.14, "2.1 s")])

@@ -11,7 +11,7 @@ _CHUNK = 1 << 22
 class Hash(Protocol):
     """What hashlib's objects have."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
         """Add bytes."""
 
     def hexdigest(self) -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vllm_metal_hub import __version__
+from vllm_metal_hub.completion import SHELLS, script
 from vllm_metal_hub.errors import EXIT_CODES, HubError
 
 Command = Callable[[argparse.Namespace], int]
@@ -45,7 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_doctor(commands)
     _add_models(commands)
+    completion = commands.add_parser("completion", help="print a script that lets a shell complete this command")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(command=lambda options: _completion(options.shell, parser))
     return parser
+
+
+def _completion(shell: str, parser: argparse.ArgumentParser) -> int:
+    print(script(shell, parser), end="")
+    return 0
 
 
 Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
@@ -59,6 +68,7 @@ def _add_demo(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one)")
     parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="longest answer (default: 128)")
     parser.add_argument("--timeout", type=_positive, default=900, metavar="S", help="seconds to wait for the server")
+    _add_json(parser)
     parser.set_defaults(command=_demo)
 
 
@@ -74,7 +84,11 @@ def _demo(options: argparse.Namespace) -> int:
 
     prompt = options.prompt or PROMPT
     timeout_s = float(options.timeout)
-    return run_demo(DemoOptions(options.model, prompt, options.keep, options.port, options.max_tokens, timeout_s))
+    return run_demo(
+        DemoOptions(
+            options.model, prompt, options.keep, options.port, options.max_tokens, timeout_s, as_json=options.json
+        )
+    )
 
 
 def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -82,13 +96,16 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
 
     pull = _model_command(commands, "pull", run.pull, "fetch a model and print its local path")
     pull.add_argument("--update", action="store_true", help="ask the hub again for a branch that was pulled before")
-    pull.add_argument("--json", action="store_true", help="for scripts")
+    _add_json(pull)
     _add_source(pull)
-    _model_command(commands, "path", run.path, "print the local path of a model, without the network")
-    _model_command(commands, "rm", run.remove, "remove a model from this machine")
+    path = _model_command(commands, "path", run.path, "print the local path of a model, without the network")
+    _add_json(path)
+    remove = _model_command(commands, "rm", run.remove, "remove a model from this machine")
+    _add_json(remove)
 
     listing = commands.add_parser("list", help="the models on this machine")
-    listing.add_argument("--json", action="store_true", help="for scripts")
+    listing.add_argument("--names", action="store_true", help="their names only, one a line")
+    _add_json(listing)
     listing.set_defaults(command=run.list_models)
 
     verify = commands.add_parser("verify", help="compare models with what was pulled, byte for byte")
@@ -96,25 +113,28 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
     verify.add_argument("--revision", metavar="REV")
     verify.add_argument("--quick", action="store_true", help="hash only files whose size or time changed")
     verify.add_argument("--repair", action="store_true", help="fetch what differs")
-    verify.add_argument("--json", action="store_true", help="for scripts")
+    _add_json(verify)
     verify.set_defaults(command=run.verify)
 
     export = _model_command(commands, "export", run.export, "write one archive for machines without network")
     export.add_argument("archive", metavar="FILE.tar")
+    _add_json(export)
     taken = commands.add_parser("import", help="take in an archive of export, or name a local directory")
     taken.add_argument("what", metavar="FILE.tar|DIR")
     taken.add_argument("--as", dest="name", metavar="REF", help="the name of a directory's model: owner/name")
+    _add_json(taken)
     taken.set_defaults(command=run.import_model)
 
-    from vllm_metal_hub import plan as planning
+    from vllm_metal_hub import planning
     from vllm_metal_hub import serve as serving
 
     plan = _model_command(commands, "plan", planning.plan, "what a model would take, before its weights are fetched")
-    plan.add_argument("--json", action="store_true", help="for scripts")
+    _add_json(plan)
 
     serve = _model_command(commands, "serve", serving.serve, "vllm serve with the flags that suit the model")
     serve.add_argument("--explain", action="store_true", help="say why each flag is there")
     serve.add_argument("--dry-run", action="store_true", help="show the command and stop")
+    serve.add_argument("--json", action="store_true", help="print the plan, flags and command for scripts, and stop")
     _add_source(serve)
     serve.set_defaults(update=False, passes_flags=True)
 
@@ -134,6 +154,10 @@ def _model_command(
     return parser
 
 
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for scripts")
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", metavar="HUB[,HUB]", help="huggingface, modelscope, or both in order")
     parser.add_argument("--offline", action="store_true", help="do not use the network")
@@ -141,7 +165,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("doctor", help="check this machine and say what to do")
-    parser.add_argument("--json", action="store_true", help="for scripts")
+    _add_json(parser)
     parser.set_defaults(command=_doctor)
 
 

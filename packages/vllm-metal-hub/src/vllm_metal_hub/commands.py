@@ -18,17 +18,23 @@ from vllm_metal_hub.model_ref import Source, is_local, parse
 from vllm_metal_hub.pull_display import PullDisplay
 from vllm_metal_hub.resolver import resolve
 from vllm_metal_hub.settings import HubSettings, parse_sources
+from vllm_metal_hub.sizes import bytes_text
 from vllm_metal_hub.snapshot import LocalSnapshot
-from vllm_metal_hub.terminal import bytes_text
 
 
 def pull(options: argparse.Namespace) -> int:
     """Fetch a snapshot, or find it here, and say where it is."""
     snapshot = pull_snapshot(options.ref, options)
+    return _say(options, _as_json(snapshot), str(snapshot.path))
+
+
+def _say(options: argparse.Namespace, content: Any, text: str) -> int:
+    """The result of a command: JSON for scripts, text for people."""
     if options.json:
-        _print_json(_as_json(snapshot))
+        json.dump(content, sys.stdout, indent=2, default=str)
+        print()
     else:
-        print(snapshot.path)
+        print(text)
     return 0
 
 
@@ -45,16 +51,16 @@ def pull_snapshot(text: str, options: argparse.Namespace) -> LocalSnapshot:
 
 def path(options: argparse.Namespace) -> int:
     """Print the path of a model that is on this machine; never use the network."""
-    print(resolve(options.ref, revision=options.revision, offline=True).path)
-    return 0
+    snapshot = resolve(options.ref, revision=options.revision, offline=True)
+    return _say(options, _as_json(snapshot), str(snapshot.path))
 
 
 def list_models(options: argparse.Namespace) -> int:
     """Show every snapshot on this machine."""
     found = store.installed()
-    if options.json:
-        _print_json([_installed_json(item) for item in found])
-        return 0
+    if options.json or options.names:
+        names = list(dict.fromkeys(item.name for item in found))
+        return _say(options, [_installed_json(item) for item in found], "\n".join(names))
     table = Table(box=None, header_style="bold")
     for title in ("model", "from", "size", "checked", "where"):
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
@@ -83,7 +89,7 @@ def verify(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"{item.name}: {'damaged' if wrong else 'ok'} ({bytes_text(item.nbytes)})")
     if options.json:
-        _print_json({"ok": not bad, "problems": bad})
+        _say(options, {"ok": not bad, "problems": bad}, "")
     if bad:
         name, wrong = next(iter(bad.items()))
         file, what = next(iter(wrong.items()))
@@ -93,17 +99,18 @@ def verify(options: argparse.Namespace) -> int:
 
 def remove(options: argparse.Namespace) -> int:
     """Remove a model from this machine."""
-    for item in store.find(options.ref, options.revision):
-        print(f"removed {item.name}: {bytes_text(store.remove(item))}")
-    return 0
+    freed = {item.name: store.remove(item) for item in store.find(options.ref, options.revision)}
+    lines = [f"removed {name}: {bytes_text(count)}" for name, count in freed.items()]
+    return _say(options, {"removed": freed}, "\n".join(lines))
 
 
 def export(options: argparse.Namespace) -> int:
     """Write one archive for machines without network."""
     target = Path(options.archive)
-    archive.export_snapshot(store.find(options.ref, options.revision)[0], target)
-    print(f"{target}: {bytes_text(target.stat().st_size)}")
-    return 0
+    item = store.find(options.ref, options.revision)[0]
+    archive.export_snapshot(item, target)
+    nbytes = target.stat().st_size
+    return _say(options, {"archive": target, "bytes": nbytes, "model": item.name}, f"{target}: {bytes_text(nbytes)}")
 
 
 def import_model(options: argparse.Namespace) -> int:
@@ -115,8 +122,7 @@ def import_model(options: argparse.Namespace) -> int:
         raise UsageError(f"[import] expected --as owner/name for the directory {source}, got none. Add it.")
     else:
         found = archive.import_archive(source, settings)
-    print(f"{found.repo}: {found.directory}")
-    return 0
+    return _say(options, _as_json(found.snapshot()), f"{found.repo}: {found.directory}")
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -142,11 +148,6 @@ def _resolved_word(word: str, options: argparse.Namespace) -> str:
         if marked:
             raise
         return word
-
-
-def _print_json(content: Any) -> None:
-    json.dump(content, sys.stdout, indent=2, default=str)
-    print()
 
 
 def _as_json(snapshot: LocalSnapshot) -> dict[str, Any]:

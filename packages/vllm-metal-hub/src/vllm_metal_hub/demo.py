@@ -1,12 +1,13 @@
 """``vllm-metal demo``: a real server, one question, its answer and what it cost."""
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ class DemoOptions:
     port: int | None = None
     max_tokens: int = 128
     timeout_s: float = 900.0
+    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
     Raises:
         HubError: the model cannot be found, or the server does not come up.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, stderr=options.as_json)
     path, name = _model(options.model, console)
     port = _port(options.port)
     with _sigterm_interrupts(), _server(path, name, port) as server:
@@ -83,6 +85,11 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> int:
             console.print(f"[green]✓[/] [bold]{escape(name)}[/] is up after {startup_s:.0f} s at {server.base_url}")
             answer = _ask_and_print(server, name, options, console)
             console.print(_result_table(name, answer, server, describe_device()))
+            if options.as_json:
+                figures = {**asdict(answer), "tokens_per_s": answer.tokens_per_s, "startup_s": startup_s}
+                print(
+                    json.dumps({"model": name, "device": describe_device(), **figures}, indent=2, ensure_ascii=False)
+                )
             if options.keep:
                 _keep(server, name, console)
         except ServerStoppedError:

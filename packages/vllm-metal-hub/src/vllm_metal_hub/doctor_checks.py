@@ -15,7 +15,7 @@ from typing import Literal
 from vllm_metal_hub.device_probe import DeviceProbe, probe_device
 from vllm_metal_hub.errors import UsageError
 from vllm_metal_hub.settings import VARIABLES, HubSettings
-from vllm_metal_hub.terminal import bytes_text
+from vllm_metal_hub.sizes import bytes_text
 
 Status = Literal["ok", "warn", "fail"]
 ENTRY_POINTS = {

@@ -4,12 +4,18 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_metal_hub.snapshot import FileEntry
 
+OnEvent = Callable[[dict[str, Any]], None]
+
 _BYTES_EVERY_S = 0.1
+
+
+def silent(event: dict[str, Any]) -> None:
+    """Hear nothing."""
 
 
 class EventWriter:

@@ -4,12 +4,10 @@ It is a process of its own because the hubs' libraries read their environment wh
 what they find, and because it can be ended at any time: nothing it leaves behind counts until a manifest says so.
 """
 
-import json
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,34 +18,18 @@ from vllm_metal_hub.adoption import link_or_copy
 from vllm_metal_hub.checksum import digest_of
 from vllm_metal_hub.errors import DiskFullError, HubError, IntegrityError
 from vllm_metal_hub.events import EventWriter
+from vllm_metal_hub.fetch_request import Request, read_request
 from vllm_metal_hub.manifest import Manifest, manifest_path, record, revision_of, selection_of, write_manifest
 from vllm_metal_hub.model_ref import ModelRef, Source, parse
 from vllm_metal_hub.placement import Placement, place, tree_commit
 from vllm_metal_hub.ranged_download import Retries, download
 from vllm_metal_hub.settings import HubSettings
+from vllm_metal_hub.sizes import bytes_text
 from vllm_metal_hub.snapshot import FileEntry
 from vllm_metal_hub.sources import Hub, Listing, open_hub
-from vllm_metal_hub.terminal import bytes_text
 
 PARALLEL_FILES = 4
 _SPARE = 1.02  # room that a pull leaves: file systems need a little more than the bytes
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the parent asks for: a pull, or only what the hub has now (``only_list``).
-
-    ``same_weights`` are the digests that the weights must have, when the model was pulled from another hub before.
-    ``adopt`` are directories that may hold copies of the files.
-    """
-
-    ref: str
-    source: Source
-    revision: str | None = None
-    only_list: bool = False
-    small: bool = False
-    same_weights: tuple[str, ...] = ()
-    adopt: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -56,7 +38,7 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print where they like
     events = EventWriter(answers)
     try:
-        request = _read_request(json.loads(sys.stdin.readline()))
+        request = read_request(sys.stdin.readline())
         threading.Thread(target=_exit_with_parent, daemon=True).start()
         events.result(fetch(request, HubSettings.from_env(), events))
     except HubError as error:
@@ -64,11 +46,6 @@ def main() -> None:
     except OSError as error:
         events.error("HubError", f"[pull] expected readable and writable caches, got {error}. Check them.")
     os._exit(0)  # worker threads may still hang on a dead connection
-
-
-def _read_request(content: Mapping[str, Any]) -> Request:
-    known = {**content, "same_weights": tuple(content["same_weights"]), "adopt": tuple(content["adopt"])}
-    return Request(**known)
 
 
 def _exit_with_parent() -> None:
@@ -82,9 +59,10 @@ def fetch(request: Request, settings: HubSettings, events: EventWriter) -> dict[
     ref = replace(parse(request.ref, request.revision), small=request.small)
     retries = Retries(settings.retries, events.note)
     hub = open_hub(request.source, settings)
-    listing = retries.run(
-        f"the file list of {ref.repo}", lambda: hub.list_files(ref.repo, _asked_revision(request.source, ref))
-    )
+    asked = _asked_revision(request.source, ref)
+    if request.known_commit and retries.run(ref.repo, lambda: hub.commit(ref.repo, asked)) == request.known_commit:
+        return {"commit": request.known_commit}
+    listing = retries.run(f"the file list of {ref.repo}", lambda: hub.list_files(ref.repo, asked))
     pull = _Pull(request, ref, hub, settings, retries, events, listing)
     entries = pull.select()
     commit = _commit(request.source, listing, entries)
@@ -115,14 +93,20 @@ class _Pull:
     def select(self) -> tuple[FileEntry, ...]:
         """The files that the loader needs; the safetensors index is read first where there is one."""
         index = next((e for e in self.listing.files if e.path == file_selection.INDEX), None)
-        text = None
-        if index is not None and not self.ref.small and not file_selection.selection_is_gguf(self.ref):
-            scratch = self.settings.home / "indexes" / (index.digest.split(":")[-1] or "index")
-            scratch.parent.mkdir(parents=True, exist_ok=True)
-            download(index, scratch, lambda at: self._open(index, at), self.retries, lambda count: None)
-            text = scratch.read_text()
-            scratch.unlink()
-        return file_selection.select(self.ref, self.listing.files, text)
+        if index is None or self.ref.small or file_selection.selection_is_gguf(self.ref):
+            return file_selection.select(self.ref, self.listing.files)
+        return file_selection.select(self.ref, self.listing.files, self._index_text(index))
+
+    def _index_text(self, index: FileEntry) -> str:
+        for root in map(Path, self.request.adopt):
+            if _is_copy(root / index.path, index):
+                return (root / index.path).read_text()
+        scratch = self.settings.home / "indexes" / (index.digest.split(":")[-1] or "index")
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        download(index, scratch, lambda at: self._open(index, at), self.retries, lambda count: None)
+        text = scratch.read_text()
+        scratch.unlink()
+        return text
 
     def run(self, entries: tuple[FileEntry, ...], commit: str) -> dict[str, Any]:
         self._check_namesake(entries)
@@ -171,9 +155,7 @@ class _Pull:
     def _adopt(self, placement: Placement, entry: FileEntry) -> bool:
         for root in map(Path, self.request.adopt):
             candidate = root / entry.path
-            if not entry.digest or not candidate.is_file() or candidate.stat().st_size != entry.size:
-                continue
-            if digest_of(candidate, entry.digest) == entry.digest:
+            if _is_copy(candidate, entry):
                 final = placement.final(entry)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(str(candidate), str(final))
@@ -216,14 +198,19 @@ class _Pull:
         return {"manifest": str(path), "fetched": fetched, "commit": commit}
 
 
+def _is_copy(path: Path, entry: FileEntry) -> bool:
+    """Tell whether the file is what the hub lists, by its digest."""
+    return (
+        bool(entry.digest)
+        and path.is_file()
+        and path.stat().st_size == entry.size
+        and digest_of(path, entry.digest) == entry.digest
+    )
+
+
 def _with_digest(path: Path, entry: FileEntry) -> FileEntry:
     """Record a digest of our own where the hub publishes none."""
     return entry if entry.digest else replace(entry, digest=digest_of(path, ""))
-
-
-def request_line(request: Request) -> str:
-    """The request as the process reads it."""
-    return json.dumps(request.__dict__) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from vllm_metal_hub import errors
 from vllm_metal_hub.errors import HubError, NetworkError
-from vllm_metal_hub.fetch import Request, request_line
+from vllm_metal_hub.events import OnEvent
+from vllm_metal_hub.fetch_request import Request, request_line
 from vllm_metal_hub.settings import HubSettings
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 _KINDS: dict[str, type[HubError]] = {
     kind.__name__: kind

@@ -156,5 +156,7 @@ def selection_is_gguf(ref: ModelRef) -> bool:
 
 
 def needs_config(ref: ModelRef, files: Iterable[FileEntry]) -> bool:
-    """Tell whether a loader of these files wants a config.json: a GGUF file carries its own."""
-    return not ref.small and not any(entry.path.endswith(".gguf") for entry in files)
+    """Tell whether a loader of these files wants a config.json: a GGUF file carries its own, an adapter has none."""
+    return not ref.small and not any(
+        entry.path.endswith(".gguf") or entry.path.startswith("adapter_model") for entry in files
+    )

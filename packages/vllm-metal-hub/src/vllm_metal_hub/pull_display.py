@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from vllm_metal_hub.terminal import bytes_text
+from vllm_metal_hub.sizes import bytes_text
 
 _LINE_EVERY_S = 5.0
 

@@ -4,22 +4,26 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from vllm_metal_hub.checksum import Hash, start_hash
+from vllm_metal_hub.checksum import algorithm, start_hash
 from vllm_metal_hub.errors import DiskFullError, IntegrityError, NetworkError
+from vllm_metal_hub.sizes import bytes_text
 from vllm_metal_hub.snapshot import FileEntry
 from vllm_metal_hub.sources.base import ByteStream, TransientError
-from vllm_metal_hub.terminal import bytes_text
 
 T = TypeVar("T")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DOWNLOADS_OF_A_BAD_FILE = 3
 _MOST_ATTEMPTS = 200
+_REREAD_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 18  # joined before they are written and hashed, unless they take longer than
+_BLOCK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Retries:
     count: int
     note: Callable[[str], None]
 
-    def wait(self, failures: int, error: TransientError, what: str) -> None:
+    def _wait(self, failures: int, error: TransientError, what: str) -> None:
         """Sleep before the next try: what the hub asked for, else longer each time.
 
         Raises:
@@ -45,15 +49,20 @@ class Retries:
         self.note(f"{what}: {error}; trying again in {pause:.1f} s")
         time.sleep(pause)
 
-    def run(self, what: str, ask: Callable[[], T]) -> T:
-        """Call ``ask`` until it succeeds or the tries are used up."""
+    def run(self, what: str, ask: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """Call ``ask`` until it succeeds or the tries are used up.
+
+        A try after which ``progress`` is higher than before it starts the count anew, up to a generous end.
+        """
         failures = 0
-        while True:
+        for attempt in range(1, _MOST_ATTEMPTS + 1):
+            before = progress()
             try:
                 return ask()
             except TransientError as error:
-                failures += 1
-                self.wait(failures, error, what)
+                failures = 1 if progress() > before else failures + 1
+                self._wait(failures if attempt < _MOST_ATTEMPTS else self.count, error, what)
+        raise AssertionError("the last try raises")
 
 
 def download(
@@ -93,65 +102,104 @@ def _complete(
     retries: Retries,
     on_bytes: Callable[[int], None],
 ) -> str:
-    state, have = _resume(entry, part, on_bytes)
-    failures = attempts = 0
-    while have < entry.size or not part.exists():
-        before = have
+    growing = _Growing(entry, part, on_bytes)
+
+    def ask() -> None:
+        if not growing.complete:
+            with open_at(growing.have) as stream:
+                growing.take(stream)
+
+    retries.run(entry.path, ask, lambda: growing.have)
+    return growing.digest()
+
+
+class _Growing:
+    """The part of one file that is on disk: its length and the hash of its bytes."""
+
+    def __init__(self, entry: FileEntry, part: Path, on_bytes: Callable[[int], None]) -> None:
+        self._entry, self._part, self._on_bytes = entry, part, on_bytes
+        self._hash = start_hash(entry.digest, entry.size)
+        self.have = 0
+        if part.exists() and part.stat().st_size > entry.size:
+            part.unlink()
+        if part.exists():
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Hash what an earlier try left."""
+        with self._part.open("rb", buffering=0) as file:
+            while block := file.read(_REREAD_BYTES):
+                self._hash.update(block)
+                self.have += len(block)
+        self._on_bytes(self.have)
+
+    @property
+    def complete(self) -> bool:
+        """Every byte is there; whether they are right, the digest says."""
+        return self.have == self._entry.size and self._part.exists()
+
+    def digest(self) -> str:
+        """The digest of the bytes so far, in the algorithm of the entry's."""
+        return f"{algorithm(self._entry.digest)}:{self._hash.hexdigest()}"
+
+    def take(self, stream: ByteStream) -> None:
+        """Append a body; one that starts elsewhere than asked for starts the file anew.
+
+        Raises:
+            TransientError: the body ended early.
+            DiskFullError: no room; the part is removed.
+        """
+        if stream.start != self.have:
+            self._on_bytes(-self.have)
+            self._hash, self.have = start_hash(self._entry.digest, self._entry.size), 0
         try:
-            with open_at(have) as stream:
-                if stream.start != have:
-                    on_bytes(-have)
-                    state, have = start_hash(entry.digest, entry.size), 0
-                have = _append(entry, part, stream, state, have, on_bytes)
-            if have < entry.size:
-                raise TransientError(f"the connection ended after {bytes_text(have)} of {bytes_text(entry.size)}")
-        except TransientError as error:
-            have = part.stat().st_size if part.exists() else 0
-            attempts += 1
-            failures = 1 if have > before else failures + 1
-            retries.wait(failures if attempts < _MOST_ATTEMPTS else retries.count, error, entry.path)
-    return f"{entry.digest.split(':')[0] or 'sha256'}:{state.hexdigest()}"
+            with self._part.open("r+b" if self.have else "wb", buffering=0) as file:
+                file.seek(self.have)
+                for block in _blocks(stream.chunks):
+                    self._append(file, block)
+                    if self.have == self._entry.size:
+                        os.fsync(file.fileno())
+                        break
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                self._part.unlink(missing_ok=True)
+                raise self._disk_full() from error
+            raise
+        if not self.complete:
+            raise TransientError(
+                f"the connection ended after {bytes_text(self.have)} of {bytes_text(self._entry.size)}"
+            )
+
+    def _append(self, file: FileIO, block: bytearray) -> None:
+        view = memoryview(block)[: self._entry.size - self.have]
+        while view:
+            written = file.write(view)  # may be less than all, before the disk is full
+            self._hash.update(view[:written])
+            self.have += written
+            self._on_bytes(written)
+            view = view[written:]
+
+    def _disk_full(self) -> DiskFullError:
+        return DiskFullError(
+            f"[pull] expected room for {self._entry.path} ({bytes_text(self._entry.size)}), got none at "
+            f"{self._part.parent} after {bytes_text(self.have)}. Free some space, or move the caches: HF_HOME, "
+            "VLLM_METAL_HUB_HOME."
+        )
 
 
-def _resume(entry: FileEntry, part: Path, on_bytes: Callable[[int], None]) -> tuple[Hash, int]:
-    """Hash what an earlier try left; a part longer than the file is dropped."""
-    state = start_hash(entry.digest, entry.size)
-    if not part.exists():
-        return state, 0
-    have = part.stat().st_size
-    if have > entry.size:
-        part.unlink()
-        return state, 0
-    with part.open("rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    on_bytes(have)
-    return state, have
-
-
-def _append(
-    entry: FileEntry, part: Path, stream: ByteStream, state: Hash, have: int, on_bytes: Callable[[int], None]
-) -> int:
+def _blocks(chunks: Iterator[bytes]) -> Iterator[bytearray]:
+    """Join what a connection yields into larger blocks; what had arrived when it broke off is yielded first."""
+    block = bytearray()
+    since = time.monotonic()
     try:
-        with part.open("r+b" if have else "wb") as file:
-            file.seek(have)
-            for chunk in stream.chunks:
-                block = chunk[: entry.size - have]
-                file.write(block)
-                state.update(block)
-                have += len(block)
-                on_bytes(len(block))
-                if have == entry.size:
-                    break
-            file.flush()
-            if have == entry.size:
-                os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            part.unlink(missing_ok=True)
-            raise DiskFullError(
-                f"[pull] expected room for {entry.path} ({bytes_text(entry.size)}), got none at {part.parent} after "
-                f"{bytes_text(have)}. Free some space, or move the caches: HF_HOME, VLLM_METAL_HUB_HOME."
-            ) from error
+        for chunk in chunks:
+            block += chunk
+            if len(block) >= _BLOCK_BYTES or time.monotonic() - since > _BLOCK_S:
+                yield block
+                block, since = bytearray(), time.monotonic()
+    except Exception:
+        if block:
+            yield block
         raise
-    return have
+    if block:
+        yield block

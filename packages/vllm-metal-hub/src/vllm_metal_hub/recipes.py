@@ -34,6 +34,44 @@ def flags_for(model_type: str) -> tuple[str, tuple[Flag, ...]]:
     return name, tuple(Flag(row["flag"], row.get("value"), row["why"]) for row in rows)
 
 
+def template_flags(path: Path, flags: Sequence[Flag]) -> tuple[Flag, ...]:
+    """The chat template that a recipe with tools needs, where the model's own knows none: one that comes with it.
+
+    Nothing when no tools are recommended, when the model's template handles them, or when there is no other.
+    """
+    if not any(flag.flag == "--tool-call-parser" for flag in flags) or not path.is_dir():
+        return ()
+    if any("tools" in text for text in _own_templates(path)):
+        return ()
+    for candidate in sorted(path.rglob("*.jinja")):
+        if candidate.name != "chat_template.jinja" and "tools" in candidate.read_text(errors="replace"):
+            return (
+                Flag("--chat-template", str(candidate), "the model's own template does not know tools; this does"),
+            )
+    return ()
+
+
+def _own_templates(path: Path) -> list[str]:
+    """The templates that a tokenizer takes by itself, as text."""
+    found = [file.read_text(errors="replace") for file in (path / "chat_template.jinja",) if file.is_file()]
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            template = json.loads((path / name).read_text()).get("chat_template")
+        except (OSError, ValueError, AttributeError):
+            continue
+        found += [json.dumps(template)] if template else []
+    return found
+
+
+def value_of(flag: str, given: Sequence[str]) -> str | None:
+    """What the user passes for ``flag``: after it, or after ``=``; "" for a switch, None where it is not passed."""
+    for word, after in zip(given, (*given[1:], ""), strict=False):
+        name, equals, value = word.partition("=")
+        if word.startswith("-") and _plain(name) == _plain(flag):
+            return value if equals else after
+    return None
+
+
 def without_given(flags: Sequence[Flag], given: Sequence[str]) -> tuple[Flag, ...]:
     """Leave out what the user passes: as ``--flag``, ``--flag=value``, ``--no-flag`` or with underscores."""
     names = {_plain(word.split("=")[0]) for word in given if word.startswith("-")}

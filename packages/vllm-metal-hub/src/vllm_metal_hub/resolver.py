@@ -3,28 +3,31 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from vllm_metal_hub import adoption, manifest
+from vllm_metal_hub.aliases import Aliases, read_aliases
 from vllm_metal_hub.errors import HubError, NetworkError, NotFoundError, OfflineError
-from vllm_metal_hub.fetch import Request
-from vllm_metal_hub.fetch_process import OnEvent, run_fetch
+from vllm_metal_hub.events import OnEvent, silent
+from vllm_metal_hub.fetch_request import Request
 from vllm_metal_hub.lock import locked
 from vllm_metal_hub.manifest import Manifest, manifest_path, read_manifest, refreshed, revision_of
 from vllm_metal_hub.model_ref import ModelRef, Source, parse
 from vllm_metal_hub.settings import HubSettings, Update
 from vllm_metal_hub.snapshot import LocalSnapshot, SnapshotSource
 
+T = TypeVar("T")
+Profile = Literal["auto", "small"]
+
 RESOLVED = "VLLM_METAL_HUB_RESOLVED"
 CHECK_S = 3.0  # how long `update="check"` waits for a hub before it keeps the pinned copy
 START_S = 5.0  # and for the process that asks it to start
+Answer = dict[str, Any]
 _BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
-
-
-def _silent(event: dict[str, object]) -> None:
-    """Hear nothing."""
 
 
 def resolve(
@@ -34,16 +37,16 @@ def resolve(
     sources: Sequence[Source] | None = None,
     offline: bool | None = None,
     update: Update | None = None,
-    small: bool = False,
-    on_event: OnEvent = _silent,
+    profile: Profile = "auto",
+    on_event: OnEvent = silent,
     settings: HubSettings | None = None,
 ) -> LocalSnapshot:
     """Return the local snapshot that ``ref`` means, and let child processes inherit the answer.
 
     The order is: a local path; what a parent process resolved; what was pulled before; existing caches of Hugging
     Face and ModelScope, once verified; the hubs, in the order of ``sources``. A branch stays at what was pulled
-    first until ``update`` is "check" or "always". ``small`` leaves out the weights, for a tokenizer or a
-    configuration. Every argument that is None is the environment's.
+    first until ``update`` is "check" or "always". ``profile`` "auto" is what a loader of the model reads; "small"
+    leaves out the weights, for a tokenizer, a configuration or code. Every argument that is None is the environment's.
 
     Raises:
         HubError: one of its kinds says why there is no snapshot.
@@ -53,15 +56,13 @@ def resolve(
         return _local(parsed)
     base = settings or HubSettings.from_env()
     settings = replace(
-        base,
-        sources=(parsed.source,) if parsed.source else tuple(sources or base.sources),
-        offline=base.offline if offline is None else offline,
+        _with_sources(base, parsed, sources), offline=base.offline if offline is None else offline,
         update=update or base.update,
-    )
+    )  # fmt: skip
     inherited = _inherited(parsed) if update is None else None
     if inherited is not None:
         return inherited
-    if small:
+    if profile == "small":
         whole, _ = _Resolution(parsed, settings, on_event).pulled_before()
         if whole is not None:
             return whole
@@ -69,6 +70,21 @@ def resolve(
     snapshot = _Resolution(parsed, settings, on_event).run()
     hand_down(parsed, snapshot)
     return snapshot
+
+
+def list_files(ref: str, *, revision: str | None = None, on_event: OnEvent = silent) -> Answer:
+    """Ask the hubs, in order, what a pull would give: its "commit", "bytes" and number of "files".
+
+    Raises:
+        HubError: no hub answers, or none has it.
+    """
+    parsed = parse(ref, revision)
+    settings = _with_sources(HubSettings.from_env(), parsed, None)
+    return _Resolution(parsed, settings, on_event).listed()
+
+
+def _with_sources(settings: HubSettings, ref: ModelRef, sources: Sequence[Source] | None) -> HubSettings:
+    return replace(settings, sources=(ref.source,) if ref.source else tuple(sources or settings.sources))
 
 
 def _local(ref: ModelRef) -> LocalSnapshot:
@@ -86,13 +102,27 @@ class _Resolution:
     settings: HubSettings
     on_event: OnEvent
 
+    @cached_property
+    def _aliases(self) -> Aliases:
+        return read_aliases(self.settings)
+
+    def _at(self, source: Source) -> ModelRef:
+        """The reference as ``source`` names it; one with a scheme is meant as it is written."""
+        if self.ref.source is not None:
+            return self.ref
+        return replace(self.ref, repo=self._aliases.name_at(source, self.ref.repo))
+
     def run(self) -> LocalSnapshot:
         damaged = ""
         if self.settings.update == "never" or self.settings.offline:
             snapshot, damaged = self.pulled_before()
             if snapshot is not None:
                 return snapshot
-            snapshot = adoption.adopt_huggingface(self.ref, self.settings) if self._asks("huggingface") else None
+            snapshot = (
+                adoption.adopt_huggingface(self._at("huggingface"), self.settings)
+                if self._asks("huggingface")
+                else None
+            )
             if snapshot is not None:
                 return snapshot
         if self.settings.offline:
@@ -110,7 +140,7 @@ class _Resolution:
 
     def _manifests(self, sources: Sequence[Source]) -> Iterator[tuple[Path, Manifest]]:
         for source in sources:
-            path = manifest_path(self.settings.home, source, self.ref)
+            path = manifest_path(self.settings.home, source, self._at(source))
             found = read_manifest(path)
             if found is not None:
                 yield path, found
@@ -130,7 +160,7 @@ class _Resolution:
         seen = [f"the copy pulled before is damaged ({damaged})"] if damaged else []
         for source in self._order():
             try:
-                return adoption.adopt_unverified(source, self.ref, self.settings)
+                return adoption.adopt_unverified(source, self._at(source), self.settings)
             except HubError as error:
                 seen.append(str(error))
         raise OfflineError(
@@ -140,22 +170,26 @@ class _Resolution:
         )
 
     def _from_hubs(self) -> LocalSnapshot:
+        found, failures = self._first(self._from_hub)
+        if found is not None:
+            return found
+        fallback = self._without_hubs() if all(isinstance(f, NetworkError) for f in failures) else None
+        if fallback is None:
+            raise _together(failures)
+        self.on_event({"event": "note", "text": f"{failures[-1]} Using the copy pulled before."})
+        return fallback
+
+    def _first(self, ask: Callable[[Source], T]) -> tuple[T | None, list[HubError]]:
+        """Ask one hub after the other; go on when one does not answer or does not have it, and only then."""
         failures: list[HubError] = []
         for source in self.settings.sources:
             try:
-                return self._from_hub(source)
+                return ask(source), failures
             except (NetworkError, NotFoundError) as error:
                 failures.append(error)
                 if len(self.settings.sources) > 1:
                     self.on_event({"event": "note", "text": f"{source}: {error}"})
-        fallback = self._without_hubs() if all(isinstance(f, NetworkError) for f in failures) else None
-        if fallback is not None:
-            self.on_event({"event": "note", "text": f"{failures[-1]} Using the copy pulled before."})
-            return fallback
-        if len(failures) == 1:
-            raise failures[0]
-        kind = NotFoundError if all(isinstance(f, NotFoundError) for f in failures) else NetworkError
-        raise kind(" | ".join(str(failure) for failure in failures))
+        return None, failures
 
     def _without_hubs(self) -> LocalSnapshot | None:
         """What there is when no hub answers and the user did not insist on an update."""
@@ -166,40 +200,71 @@ class _Resolution:
             return pinned
         for source in self.settings.sources:
             with contextlib.suppress(HubError):
-                return adoption.adopt_unverified(source, self.ref, self.settings)
+                return adoption.adopt_unverified(source, self._at(source), self.settings)
         return None
 
     def _from_hub(self, source: Source) -> LocalSnapshot:
-        path = manifest_path(self.settings.home, source, self.ref)
+        path = manifest_path(self.settings.home, source, self._at(source))
         lock = self.settings.home / "locks" / source / (path.stem + ".lock")
-        with locked(lock, lambda text: self.on_event({"event": "note", "text": text})):
+        with self._locked(lock):
             before = read_manifest(path)
             if before is not None and not manifest.problems(before):
                 if self.settings.update == "never":  # another process pulled it while this one waited
                     return before.snapshot(check="stat")
                 if self._is_current(source, before):
                     return before.snapshot(check="stat")
-            result = run_fetch(self._request(source), self.settings, self.on_event)
+            result = self._ask(self._request(source))
             found = read_manifest(Path(result["manifest"]))
             assert found is not None
             return found.snapshot(fetched_bytes=int(result["fetched"]))
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path, lambda text: self.on_event({"event": "note", "text": text})))
+            except OSError as error:
+                raise HubError(f"[pull] expected readable and writable caches, got {error}. Check them.") from error
+            yield
+
+    def _ask(self, request: Request, settings: HubSettings | None = None, limit_s: float | None = None) -> Answer:
+        from vllm_metal_hub.fetch_process import run_fetch  # a warm start does without
+
+        return run_fetch(request, settings or self.settings, self.on_event, limit_s=limit_s)
 
     def _is_current(self, source: Source, before: Manifest) -> bool:
         """Ask the hub what the branch is now; with "check", briefly."""
         settings, limit_s = self.settings, None
         if settings.update == "check":
             settings, limit_s = replace(settings, timeout_s=CHECK_S, retries=1), CHECK_S + START_S
-        request = replace(self._request(source), only_list=True)
-        return bool(run_fetch(request, settings, self.on_event, limit_s=limit_s)["commit"] == before.commit)
+        request = replace(
+            self._request(source), only_list=True, known_commit=before.commit, adopt=(str(before.directory),)
+        )
+        return bool(self._ask(request, settings, limit_s)["commit"] == before.commit)
+
+    def listed(self) -> Answer:
+        """What the first hub that has it has now."""
+        found, failures = self._first(lambda source: self._ask(replace(self._request(source), only_list=True)))
+        if found is None:
+            raise _together(failures)
+        return found
 
     def _request(self, source: Source) -> Request:
-        other = [s for s in _BOTH if s != source]
+        ref, other = self._at(source), [s for s in _BOTH if s != source]
         weights = next((m.weight_digests() for _, m in self._manifests(other)), frozenset())
         return Request(
-            self.ref.label, source, self.ref.revision, small=self.ref.small,
-            same_weights=() if self.ref.source or self.ref.small else tuple(sorted(weights)),
-            adopt=adoption.candidates(source, self.ref, self.settings),
+            ref.label, source, ref.revision, small=ref.small,
+            same_weights=() if ref.source or ref.small else tuple(sorted(weights)),
+            adopt=adoption.candidates(source, ref, self.settings),
         )  # fmt: skip
+
+
+def _together(failures: Sequence[HubError]) -> HubError:
+    """One error for what every hub said."""
+    if len(failures) == 1:
+        return failures[0]
+    kind = NotFoundError if all(isinstance(f, NotFoundError) for f in failures) else NetworkError
+    return kind(" | ".join(str(failure) for failure in failures))
 
 
 def _key(ref: ModelRef) -> str:

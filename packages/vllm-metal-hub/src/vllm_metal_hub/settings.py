@@ -23,6 +23,7 @@ VARIABLES: dict[str, str] = {
     "VLLM_METAL_HUB_RETRIES": "How often a request is tried before its hub is given up (5).",
     "VLLM_METAL_HUB_UPDATE": "never, check or always: whether to ask again for a branch that was pulled.",
     "VLLM_METAL_HUB_TOKEN_TO_MIRROR": "1 sends HF_TOKEN to an HF_ENDPOINT that is not huggingface.co.",
+    "VLLM_METAL_HUB_ALIASES": "TOML file of names that differ between the hubs ($VLLM_METAL_HUB_HOME/aliases.toml).",
     "VLLM_METAL_HUB_RESOLVED": "Set by the first process for its children: references and their local paths.",
 }
 
@@ -61,6 +62,8 @@ class HubSettings:
     modelscope_endpoint: str
     modelscope_cache: Path
     modelscope_import: Path | None
+    aliases: Path
+    aliases_chosen: bool  # by a variable: then the file has to be there
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "HubSettings":
@@ -72,9 +75,10 @@ class HubSettings:
         env = os.environ if environ is None else environ
         home = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home()) / ".cache")
         hf_home = Path(env.get("HF_HOME") or home / "huggingface").expanduser()
-        extra = env.get("VLLM_METAL_MODELSCOPE_CACHE")
+        own = Path(env.get("VLLM_METAL_HUB_HOME") or home / "vllm-metal-hub").expanduser()
+        extra, aliases = env.get("VLLM_METAL_MODELSCOPE_CACHE"), env.get("VLLM_METAL_HUB_ALIASES")
         return cls(
-            home=Path(env.get("VLLM_METAL_HUB_HOME") or home / "vllm-metal-hub").expanduser(),
+            home=own,
             sources=_sources(env),
             offline=is_true(env.get("HF_HUB_OFFLINE")) or is_true(env.get("TRANSFORMERS_OFFLINE")),
             update=_update(env),
@@ -86,7 +90,14 @@ class HubSettings:
             modelscope_endpoint=_modelscope_endpoint(env),
             modelscope_cache=Path(env.get("MODELSCOPE_CACHE") or home / "modelscope").expanduser(),
             modelscope_import=Path(extra).expanduser() if extra else None,
+            aliases=Path(aliases).expanduser() if aliases else own / "aliases.toml",
+            aliases_chosen=bool(aliases),
         )
+
+    @property
+    def with_code(self) -> Path:
+        """Where models lie that take code from another repository."""
+        return self.home / "store" / "with-code"
 
     def endpoint(self, source: Source) -> str:
         """The address that ``source`` is asked at."""

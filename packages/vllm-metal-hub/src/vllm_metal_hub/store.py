@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_metal_hub import manifest
+from vllm_metal_hub.aliases import Aliases, read_aliases
 from vllm_metal_hub.errors import NotFoundError
 from vllm_metal_hub.manifest import Manifest, manifests, problems, refreshed, revision_of, selection_of
-from vllm_metal_hub.model_ref import ModelRef, parse
+from vllm_metal_hub.model_ref import ModelRef, Source, parse
+from vllm_metal_hub.remote_code import copies_of
 from vllm_metal_hub.settings import HubSettings
 
 
@@ -45,16 +47,18 @@ def find(text: str, revision: str | None = None, settings: HubSettings | None = 
     Raises:
         NotFoundError: none is installed.
     """
-    ref = parse(text, revision)
-    found = [item for item in installed(settings) if _means(ref, item.manifest)]
+    ref, settings = parse(text, revision), settings or HubSettings.from_env()
+    aliases = read_aliases(settings)
+    found = [item for item in installed(settings) if _means(ref, item.manifest, aliases)]
     if not found:
         raise NotFoundError(f"[model] expected {text} among the pulled models, got none. See: vllm-metal list")
     return found
 
 
-def _means(ref: ModelRef, found: Manifest) -> bool:
+def _means(ref: ModelRef, found: Manifest, aliases: Aliases) -> bool:
+    source: Source = "modelscope" if found.source == "modelscope" else "huggingface"
     return (
-        found.repo == ref.repo
+        found.repo in (ref.repo, aliases.name_at(source, ref.repo) if ref.source is None else ref.repo)
         and found.selection == selection_of(ref)
         and found.revision == revision_of(ref.revision)
         and ref.source in (None, found.source)
@@ -77,6 +81,8 @@ def remove(item: Installed, settings: HubSettings | None = None) -> int:
     directory = item.manifest.directory
     if directory in others or not directory.is_dir():
         return 0
+    for copy in copies_of(directory, settings.with_code):
+        shutil.rmtree(copy)
     if directory.is_relative_to(settings.home):
         freed = _size(directory)
         shutil.rmtree(directory)

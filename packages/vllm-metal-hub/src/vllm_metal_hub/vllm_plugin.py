@@ -2,10 +2,15 @@
 
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_metal_hub.errors import HubError
 from vllm_metal_hub.settings import VARIABLES
+
+if TYPE_CHECKING:
+    from vllm_metal_hub.resolver import Profile
+    from vllm_metal_hub.snapshot import LocalSnapshot
 
 _installed = False
 
@@ -33,13 +38,21 @@ def register() -> None:
     register_resolver(local_path)
     launch.install()  # so that ours is around the plugin's, whichever was loaded first
     create_engine_config = arg_utils.EngineArgs.create_engine_config
+    from_cli_args = arg_utils.EngineArgs.from_cli_args.__func__
 
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
         prepare(self)
         return create_engine_config(self, *args, **kwargs)
 
+    def from_arguments(cls: Any, args: Any) -> Any:
+        prepare_lora_modules(args)
+        return from_cli_args(cls, args)
+
     arg_utils.EngineArgs.create_engine_config = create
-    arg_utils.get_model_path = _offline_lookup(arg_utils.get_model_path)
+    arg_utils.EngineArgs.from_cli_args = classmethod(from_arguments)
+    # Under HF_HUB_OFFLINE vLLM looks references up when its arguments are made, in one cache, and forgets the name
+    # that was typed. Ours are resolved with every other launch, in create.
+    arg_utils.get_model_path = _as_typed
 
 
 def local_path(reference: str, revision: str | None, *, small: bool = False) -> str | None:
@@ -50,6 +63,10 @@ def local_path(reference: str, revision: str | None, *, small: bool = False) -> 
     Raises:
         ModelFilesError: with the text of the HubError behind it.
     """
+    return str(_resolved(reference, revision, "small" if small else "auto").path)
+
+
+def _resolved(reference: str, revision: str | None, profile: "Profile") -> "LocalSnapshot":
     from rich.console import Console
 
     from vllm_metal_hub.pull_display import PullDisplay
@@ -58,43 +75,85 @@ def local_path(reference: str, revision: str | None, *, small: bool = False) -> 
 
     try:
         with PullDisplay(Console(file=sys.stderr, highlight=False), reference) as display:
-            return str(resolve(reference, revision=revision, small=small, on_event=display).path)
+            return resolve(reference, revision=revision, profile=profile, on_event=display)
     except HubError as error:
         raise ModelFilesError(str(error)) from error
 
 
 def prepare(engine_args: Any) -> None:
-    """Replace the references beside the model: tokenizer, configuration, draft model, multimodal adapters.
+    """Replace the references of a launch beside the model itself, and bring the code that any of them takes along.
 
-    Whatever is a local path already stays. A second call changes nothing.
+    These are tokenizer, configuration, generation configuration, draft model and multimodal adapters; with
+    ``trust_remote_code`` also the model, when its code is in another repository. A local path stays, and a second call
+    changes nothing.
     """
     revision = engine_args.revision
+    if engine_args.trust_remote_code:
+        _bring_code(engine_args)
     if engine_args.tokenizer not in (None, engine_args.model):
         tokenizer_revision = engine_args.tokenizer_revision or revision
-        engine_args.tokenizer = _local(engine_args.tokenizer, tokenizer_revision, small=True)
+        engine_args.tokenizer = _place(engine_args, engine_args.tokenizer, tokenizer_revision, small=True)
     if engine_args.hf_config_path:
-        engine_args.hf_config_path = _local(engine_args.hf_config_path, revision, small=True)
+        engine_args.hf_config_path = _place(engine_args, engine_args.hf_config_path, revision, small=True)
+    if engine_args.generation_config not in ("auto", "vllm", None):
+        engine_args.generation_config = _local(engine_args.generation_config, None, small=True)
     draft = engine_args.speculative_config
     if isinstance(draft, dict) and "/" in str(draft.get("model") or ""):
-        path = _local(draft["model"], draft.get("revision"))
+        path = _place(engine_args, draft["model"], draft.get("revision"))
         engine_args.speculative_config = {**draft, "model": path}
-    adapters = getattr(engine_args, "default_mm_loras", None)
+    adapters = engine_args.default_mm_loras
     if adapters:
         engine_args.default_mm_loras = {kind: _local(text, None) for kind, text in adapters.items()}
+    if engine_args.enable_lora:
+        from vllm_metal_hub import vllm_lora
+
+        vllm_lora.install()
+
+
+def prepare_lora_modules(args: Any) -> None:
+    """Replace the references in ``--lora-modules`` of a command line; paths stay, and so do the names."""
+    for module in getattr(args, "lora_modules", None) or ():
+        module.path = _local(module.path, None)
+
+
+def _bring_code(engine_args: Any) -> None:
+    typed = engine_args.model
+    found = _local(typed, engine_args.revision)
+    path = _with_code(found, engine_args.code_revision)
+    if path == found:
+        return
+    engine_args.served_model_name = engine_args.served_model_name or [typed]
+    engine_args.model = path
+    if engine_args.tokenizer == typed:
+        engine_args.tokenizer = path
+
+
+def _place(engine_args: Any, reference: str, revision: str | None, *, small: bool = False) -> str:
+    path = _local(reference, revision, small=small)
+    return _with_code(path, engine_args.code_revision) if engine_args.trust_remote_code else path
+
+
+def _with_code(path: str, code_revision: str | None) -> str:
+    from vllm_metal_hub.remote_code import with_code
+    from vllm_metal_hub.settings import HubSettings
+    from vllm_metal_plugin.errors import ModelFilesError
+
+    if not os.path.isdir(path):
+        return path
+    root = HubSettings.from_env().with_code
+    try:
+        return str(with_code(Path(path), lambda repo: _resolved(repo, code_revision, "small").path, root))
+    except HubError as error:
+        raise ModelFilesError(str(error)) from error
 
 
 def _local(reference: str, revision: str | None, *, small: bool = False) -> str:
     return reference if os.path.exists(reference) else local_path(reference, revision, small=small) or reference
 
 
+def _as_typed(model: str, revision: str | None = None) -> str:
+    return model
+
+
 def _reader(name: str) -> Any:
     return lambda: os.environ.get(name)
-
-
-def _offline_lookup(original: Any) -> Any:
-    """Replace the lookup that vLLM does under HF_HUB_OFFLINE, which knows one cache only."""
-
-    def get_model_path(model: str, revision: str | None = None) -> Any:
-        return original(model, revision) if os.path.exists(model) else local_path(model, revision)
-
-    return get_model_path

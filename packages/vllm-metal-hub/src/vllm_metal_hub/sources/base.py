@@ -38,9 +38,13 @@ class ByteStream:
 
 @runtime_checkable
 class Hub(Protocol):
-    """One hub. Both calls raise TransientError, or a HubError that no retry would cure."""
+    """One hub. Every call raises TransientError, or a HubError that no retry would cure."""
 
     endpoint: str
+
+    def commit(self, repo: str, revision: str | None) -> str | None:
+        """Return the commit that ``revision`` is now; None, without a request, where a hub has no such thing."""
+        ...
 
     def list_files(self, repo: str, revision: str | None) -> Listing:
         """Return the files of ``revision`` (None: the default branch)."""

@@ -29,14 +29,20 @@ class HuggingFace:
         self._api = huggingface_hub.HfApi(endpoint=self.endpoint, token=self._token)
         _set_timeouts(settings.timeout_s)
 
-    def list_files(self, repo: str, revision: str | None) -> Listing:
-        """Two requests: the commit of ``revision``, then its tree (more for very many files)."""
+    def commit(self, repo: str, revision: str | None) -> str:
+        """One request."""
 
-        def ask() -> Listing:
-            commit = self._api.model_info(repo, revision=revision, timeout=self._timeout_s).sha
-            return Listing(str(commit), tuple(self._tree(repo, str(commit))))
+        def ask() -> str:
+            return str(self._api.model_info(repo, revision=revision, timeout=self._timeout_s).sha)
 
         return self._translated(f"{repo}@{revision or 'main'}", ask)
+
+    def list_files(self, repo: str, revision: str | None) -> Listing:
+        """Two requests: the commit of ``revision``, then its tree (more for very many files)."""
+        commit = self.commit(repo, revision)
+        return self._translated(
+            f"{repo}@{revision or 'main'}", lambda: Listing(commit, tuple(self._tree(repo, commit)))
+        )
 
     def _tree(self, repo: str, commit: str) -> Iterator[FileEntry]:
         """The pages of a tree; the library's own call repeats each of them six times when the hub is down."""

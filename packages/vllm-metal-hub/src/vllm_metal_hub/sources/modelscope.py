@@ -30,6 +30,9 @@ class ModelScope:
         token = os.environ.get("MODELSCOPE_API_TOKEN") if own or settings.token_to_mirror else ""
         self._client = modelscope_hub.HubApi(endpoint=self.endpoint, token=token).legacy
 
+    def commit(self, repo: str, revision: str | None) -> None:
+        """Nothing: branches there are named by their content only, which takes the listing."""
+
     def list_files(self, repo: str, revision: str | None) -> Listing:
         """One request; the library repeats it on errors of the server."""
         branch = branch_of(revision)

@@ -58,8 +58,8 @@ class FaultServer:
 
     @property
     def storage_url(self) -> str:
-        """Where large files are redirected to."""
-        return f"http://127.0.0.1:{self._storage.server_port}"
+        """Where large files are redirected to: another port, and another name, as cookies do not look at ports."""
+        return f"http://localhost:{self._storage.server_port}"
 
     def add(self, repo: str, files: dict[str, bytes], *, gate: str | None = None) -> Repository:
         """Publish a repository under ``owner/name`` on both hubs."""

@@ -21,6 +21,15 @@ def process_of_port(port: int) -> int | None:
     return None
 
 
+def command_of(pid: int | None) -> str:
+    """What a process was started as, or calls itself; empty where that cannot be known."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _inode(port: int) -> str | None:
     suffix = f":{port:04X}"
     try:

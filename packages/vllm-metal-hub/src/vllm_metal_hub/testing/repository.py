@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 LARGE = (".safetensors", ".bin", ".pth", ".gguf", ".npz")
 
@@ -34,11 +35,13 @@ def commit_of(files: dict[str, bytes]) -> str:
     return state.hexdigest()
 
 
+@lru_cache(maxsize=64)
 def sha256(content: bytes) -> str:
-    """As hubs give it for large files."""
+    """As hubs give it for large files; kept, since every answer names it."""
     return hashlib.sha256(content).hexdigest()
 
 
+@lru_cache(maxsize=64)
 def git_sha1(content: bytes) -> str:
     """As git names a blob."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

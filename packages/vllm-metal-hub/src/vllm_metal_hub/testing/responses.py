@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from vllm_metal_hub.testing.faults import Fault
-from vllm_metal_hub.testing.processes import process_of_port
+from vllm_metal_hub.testing.processes import command_of, process_of_port
 from vllm_metal_hub.testing.repository import LARGE, Repository, commit_of, git_sha1, sha256
 
 _BODY_KINDS = ("drop", "reset", "corrupt", "truncate", "stall", "ignore_range", "slow")
@@ -24,13 +24,17 @@ _MS = re.compile(r"/(?:api|openapi)/v1/models/([^/]+/[^/]+?)(?:/(repo/files|repo
 
 @dataclass
 class LoggedRequest:
-    """One request; ``sent`` counts the bytes of the body that left, ``pid`` is None where it cannot be known."""
+    """One request; ``sent`` counts the bytes of the body that left.
+
+    ``pid`` and ``command`` are of the process that asked: None and empty where that cannot be known.
+    """
 
     method: str
     path: str
     range: str | None
     authorized: bool
     pid: int | None
+    command: str
     on_storage: bool
     sent: int = 0
 
@@ -48,8 +52,9 @@ class HubRequest(BaseHTTPRequestHandler):
         self._state = state
         token = self.headers.get("Authorization") or "m_session_id=" in (self.headers.get("Cookie") or "")
         port: int = self.server.server_port  # type: ignore[attr-defined]
+        pid = process_of_port(self.client_address[1])
         self._log = LoggedRequest(
-            self.command, self.path, self.headers.get("Range"), bool(token), process_of_port(self.client_address[1]),
+            self.command, self.path, self.headers.get("Range"), bool(token), pid, command_of(pid),
             state.storage_url.endswith(f":{port}"),
         )  # fmt: skip
         state.requests.append(self._log)

