@@ -62,6 +62,11 @@ class CacheGroup:
         return self.specs[0].block_size
 
     @property
+    def kernel_blocks_per_block(self) -> int:
+        """Blocks as kernels see them that make up an allocated one."""
+        return self.block_size // (self.kernel_block_size or self.block_size)
+
+    @property
     def keeps_rows(self) -> bool:
         """Whether every token has a slot of its own in a block; states have none."""
         return not all(isinstance(spec, RecurrentStateSpec) for spec in self.specs)

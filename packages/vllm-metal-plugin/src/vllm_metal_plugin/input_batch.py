@@ -49,6 +49,7 @@ class InputBatch:
         *,
         max_reqs: int,
         max_blocks: Sequence[int],
+        kernel_blocks_per_block: Sequence[int] | None = None,
         sampling: SamplingState,
         new_prompt_logprobs: Callable[[int, int], PromptLogprobs],
     ) -> None:
@@ -56,7 +57,8 @@ class InputBatch:
 
         Args:
             max_reqs: Rows to start with; more are made when more requests are known at a time.
-            max_blocks: Columns of each cache group's block table.
+            max_blocks: Blocks of the longest request in each cache group.
+            kernel_blocks_per_block: Of each cache group, where kernels want smaller blocks than the scheduler.
             sampling: Kept in the same rows as everything here.
             new_prompt_logprobs: Makes a collector from the prompt's length and the number of logprobs.
         """
@@ -65,7 +67,10 @@ class InputBatch:
         self.row_of: dict[str, int] = {}
         self.num_tokens = np.zeros(max_reqs, np.int32)
         self.num_computed_tokens = np.zeros(max_reqs, np.int32)
-        self.block_tables = [BlockTable(max_reqs, columns) for columns in max_blocks]
+        ratios = kernel_blocks_per_block or [1] * len(max_blocks)
+        self.block_tables = [
+            BlockTable(max_reqs, blocks, ratio) for blocks, ratio in zip(max_blocks, ratios, strict=True)
+        ]
         self.sampling = sampling
         self.last_token_ids = mx.zeros((max_reqs,), mx.int32)
         self._preempted: dict[str, RequestState] = {}
@@ -147,7 +152,7 @@ class InputBatch:
         self.last_token_ids = mx.concatenate([self.last_token_ids, self.last_token_ids])
         self.sampling.grow(self._max_reqs)
         for group, table in enumerate(self.block_tables):
-            self.block_tables[group] = BlockTable(self._max_reqs, table.max_blocks)
+            self.block_tables[group] = BlockTable(self._max_reqs, table.max_blocks, table.kernel_blocks_per_block)
             for row in range(self.num_reqs):
                 self.block_tables[group].add_row(row, table.row(row).tolist())
 

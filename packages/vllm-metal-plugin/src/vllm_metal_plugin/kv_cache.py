@@ -1,6 +1,6 @@
 """vLLM's cache specs and configuration in terms of metal_kv, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -9,16 +9,21 @@ from vllm.v1 import kv_cache_interface as vllm_kv
 
 import metal_kv
 from vllm_metal_plugin.errors import UnsupportedConfigError
+from vllm_metal_plugin.log import metal_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = metal_logger(__name__)
 
 _TORCH_DTYPES = {
     mx.float32: torch.float32,
     mx.float16: torch.float16,
     mx.bfloat16: torch.bfloat16,
     mx.uint8: torch.uint8,
+    mx.int64: torch.int64,
 }
+KERNEL_BLOCK_SIZES = (32, 16, 8)
 _MLX_DTYPES = {dtype: mlx for mlx, dtype in _TORCH_DTYPES.items()}
 
 
@@ -27,13 +32,62 @@ def to_mlx_dtype(dtype: torch.dtype) -> mx.Dtype:
     return _MLX_DTYPES[dtype]
 
 
-def to_vllm_specs(specs: Mapping[str, metal_kv.KVCacheSpec]) -> dict[str, vllm_kv.KVCacheSpec]:
+def plan_states(
+    specs: Mapping[str, metal_kv.KVCacheSpec], vllm_config: "VllmConfig"
+) -> dict[str, metal_kv.KVCacheSpec]:
+    """Make pages of keys and values as large as pages of recurrent states, if there are any, so that they share bytes.
+
+    With prefix caching a request keeps a state for every block that it fills, else one state in one block. The block
+    size that follows is written into vLLM's cache configuration.
+
+    Args:
+        specs: The model's own specs by layer name.
+        vllm_config: Of this worker.
+    """
+    states = [name for name, spec in specs.items() if isinstance(spec, metal_kv.RecurrentStateSpec)]
+    if not states:
+        return dict(specs)
+    cache = vllm_config.cache_config
+    aligned = cache.mamba_cache_mode == "align"
+    planned = metal_kv.unify_page_sizes(
+        specs,
+        state_block_size=None if aligned else vllm_config.model_config.max_model_len,
+        blocks_per_request=2 if aligned else 1,
+    )
+    rows = [spec.block_size for name, spec in planned.items() if name not in states]
+    cache.block_size = min(rows, default=planned[states[0]].block_size)
+    cache.mamba_block_size = planned[states[0]].block_size
+    logger.info(
+        "%d of %d layers keep a recurrent state of %d bytes; pages of %d bytes hold a state or the keys and values of "
+        "%s tokens; prefix caching %s",
+        len(states),
+        len(specs),
+        sum(specs[states[0]].state_bytes),  # type: ignore[attr-defined]
+        planned[states[0]].page_size_bytes,
+        "/".join(str(size) for size in sorted(set(rows))) or "no",
+        "keeps the state at the end of each block" if aligned else "is off",
+    )
+    return planned
+
+
+def to_vllm_specs(
+    specs: Mapping[str, metal_kv.KVCacheSpec], vllm_config: "VllmConfig"
+) -> dict[str, vllm_kv.KVCacheSpec]:
     """What the scheduler must know about each layer's cache."""
-    return {name: _to_vllm(name, spec) for name, spec in specs.items()}
+    mamba_cache_mode = vllm_config.cache_config.mamba_cache_mode
+    return {name: _to_vllm(name, spec, mamba_cache_mode) for name, spec in specs.items()}
 
 
-def _to_vllm(name: str, spec: metal_kv.KVCacheSpec) -> vllm_kv.KVCacheSpec:
+def _to_vllm(name: str, spec: metal_kv.KVCacheSpec, mamba_cache_mode: str) -> vllm_kv.KVCacheSpec:
     match spec:
+        case metal_kv.RecurrentStateSpec():
+            return vllm_kv.MambaSpec(
+                block_size=spec.block_size,
+                shapes=spec.shapes,
+                dtypes=tuple(_TORCH_DTYPES[dtype] for dtype in spec.dtypes),
+                page_size_padded=spec.page_size_padded,
+                mamba_cache_mode=mamba_cache_mode,
+            )
         case metal_kv.SlidingWindowSpec():
             return vllm_kv.SlidingWindowSpec(**_heads(spec), sliding_window=spec.sliding_window)
         case metal_kv.FullAttentionSpec():
@@ -65,26 +119,48 @@ def _heads(spec: Any) -> dict[str, Any]:
 
 
 def to_layout(config: vllm_kv.KVCacheConfig, specs: Mapping[str, metal_kv.KVCacheSpec]) -> metal_kv.CacheLayout:
-    """The cache that vLLM planned: its groups, with the block sizes it chose for them.
+    """The cache that vLLM planned.
 
     Args:
         config: vLLM's plan for this worker.
         specs: The model's own specs by layer name.
     """
-    groups = [_to_group(group, specs) for group in config.kv_cache_groups]
-    return metal_kv.CacheLayout.from_groups(groups, config.num_blocks)
+    return metal_kv.CacheLayout.from_groups(to_groups(config, specs), config.num_blocks)
+
+
+def to_groups(config: vllm_kv.KVCacheConfig, specs: Mapping[str, metal_kv.KVCacheSpec]) -> list[metal_kv.CacheGroup]:
+    """The groups of vLLM's plan, with the block sizes it chose for them."""
+    return [_to_group(group, specs) for group in config.kv_cache_groups]
 
 
 def planned_groups(vllm_config: "VllmConfig", specs: Mapping[str, metal_kv.KVCacheSpec]) -> list[metal_kv.CacheGroup]:
     """The groups that vLLM will make of the layers once it knows how much memory there is."""
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
-    return [_to_group(group, specs) for group in get_kv_cache_groups(vllm_config, to_vllm_specs(specs))]
+    return [_to_group(group, specs) for group in get_kv_cache_groups(vllm_config, to_vllm_specs(specs, vllm_config))]
 
 
 def _to_group(group: vllm_kv.KVCacheGroupSpec, specs: Mapping[str, metal_kv.KVCacheSpec]) -> metal_kv.CacheGroup:
     block_size = group.kv_cache_spec.block_size
-    return metal_kv.CacheGroup(
-        tuple(group.layer_names),
-        tuple(metal_kv.with_block_size(specs[name], block_size) for name in group.layer_names),
-    )
+    layer_specs = tuple(metal_kv.with_block_size(specs[name], block_size) for name in group.layer_names)
+    return metal_kv.CacheGroup(tuple(group.layer_names), layer_specs, _kernel_block_size(layer_specs))
+
+
+def _kernel_block_size(specs: Sequence[metal_kv.KVCacheSpec]) -> int | None:
+    """The largest block that kernels know and that divides a larger one; None where no block has to be cut."""
+    block_size = specs[0].block_size
+    if block_size <= KERNEL_BLOCK_SIZES[0] or any(isinstance(spec, metal_kv.RecurrentStateSpec) for spec in specs):
+        return None
+    return next((size for size in KERNEL_BLOCK_SIZES if block_size % size == 0), None)
+
+
+def log_block_translation(groups: Sequence[metal_kv.CacheGroup]) -> None:
+    """Say which of vLLM's blocks kernels see as several."""
+    for group in groups:
+        if group.kernel_block_size is not None:
+            logger.info(
+                "Block-size translation: vLLM block_size=%d -> kernel block_size=%d (ratio=%d), no copy",
+                group.block_size,
+                group.kernel_block_size,
+                group.block_size // group.kernel_block_size,
+            )

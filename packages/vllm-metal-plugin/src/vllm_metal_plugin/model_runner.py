@@ -49,11 +49,11 @@ class ModelRunner:
         batch: InputBatch,
         sampler: Sampler,
         *,
-        block_sizes: Sequence[int],
+        block_sizes: Sequence[int | None],
         wait_before_dispatch: bool,
         debug: bool = False,
     ) -> None:
-        """Take the parts; ``block_sizes`` has one entry for each cache group, ``debug`` logs every step."""
+        """Take the parts; ``block_sizes`` are those of ``build_step_inputs``, ``debug`` logs every step."""
         self._model = model
         self._pool = pool
         self._batch = batch

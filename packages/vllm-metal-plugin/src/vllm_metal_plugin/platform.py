@@ -111,6 +111,10 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         return [SyntheticBackend]
 
     @classmethod
+    def _align_hybrid_block_size(cls, vllm_config: "VllmConfig", backend_cls: Any) -> None:
+        """Nothing here: the worker plans pages from the states that the MLX model keeps."""
+
+    @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
         """Refuse a request that the runner cannot compute; the client gets HTTP 400 with the reason."""
         from vllm_metal_plugin.request_checks import check_request

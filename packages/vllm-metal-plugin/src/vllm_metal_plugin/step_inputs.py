@@ -45,14 +45,14 @@ class StepInputs:
 
 
 def build_step_inputs(
-    batch: InputBatch, num_scheduled_tokens: Mapping[str, int], block_sizes: Sequence[int]
+    batch: InputBatch, num_scheduled_tokens: Mapping[str, int], block_sizes: Sequence[int | None]
 ) -> StepInputs:
     """Gather the inputs of one step; nothing waits for the device.
 
     Args:
         batch: Already updated with the scheduler's output.
         num_scheduled_tokens: New token rows of each request.
-        block_sizes: Tokens per block of each cache group.
+        block_sizes: Tokens per block of each cache group's table; None for a group of states, which has no slots.
     """
     scheduled = list(num_scheduled_tokens)
     query_lens = np.fromiter(num_scheduled_tokens.values(), np.int32, len(scheduled))
@@ -65,7 +65,9 @@ def build_step_inputs(
     np.cumsum(query_lens, out=query_start_loc[1:])
     seq_lens = batch.num_computed_tokens[rows] + query_lens
     metadata = [
-        AttentionMetadata.build(query_start_loc, seq_lens, table.rows(rows), block_size)
+        AttentionMetadata.build(
+            query_start_loc, seq_lens, table.rows(rows), block_size or 1, keeps_rows=block_size is not None
+        )
         for table, block_size in zip(batch.block_tables, block_sizes, strict=True)
     ]
     return StepInputs(

@@ -57,8 +57,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         """What the scheduler must know of each layer's cache."""
         formats = self.config.cache_formats
         specs = self.model.kv_cache_specs(self.cache_config.block_size)
-        self.specs = quantize_specs(specs, formats.key, formats.value)
-        return kv_cache.to_vllm_specs(self.specs)
+        quantized = quantize_specs(specs, formats.key, formats.value)
+        self.specs = kv_cache.plan_states(quantized, self.vllm_config)
+        return kv_cache.to_vllm_specs(self.specs, self.vllm_config)
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         """Pages are ours alone: the name only has to be one that vLLM knows."""
@@ -112,13 +113,15 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the cache that vLLM planned and put the runner together."""
         layout = kv_cache.to_layout(kv_cache_config, self.specs)
-        block_sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+        groups = kv_cache.to_groups(kv_cache_config, self.specs)
+        kv_cache.log_block_translation(groups)
         pool = KVCachePool(layout)
         vocab_size = self.model.vocab_size
         mode = self.config.logprobs_mode
         batch = InputBatch(
             max_reqs=self.config.max_num_reqs,
-            max_blocks=[-(-self.model_config.max_model_len // size) + 1 for size in block_sizes],
+            max_blocks=[-(-self.model_config.max_model_len // group.block_size) + 1 for group in groups],
+            kernel_blocks_per_block=[group.kernel_blocks_per_block for group in groups],
             sampling=SamplingState(self.config.max_num_reqs, vocab_size, seed=self.model_config.seed),
             new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(num_prompt_tokens, k, vocab_size, mode),
         )
@@ -127,7 +130,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             pool,
             batch,
             Sampler(vocab_size, mode),
-            block_sizes=block_sizes,
+            block_sizes=[
+                group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
+            ],
             wait_before_dispatch=self.target == "cpu",
             debug=self.config.envs.debug,
         )
