@@ -104,7 +104,8 @@ def shortages(draw):
     )
     blocks_for = draw(st.sampled_from([None, window_blocks]))
     max_model_len = draw(st.integers(1, 200_000))
-    options = {"kv_itemsize": 4, "max_num_seqs": max_num_seqs}
+    per_block = budget.per_block_bytes
+    options = {"other_formats": {"--eight": per_block // 4, "--sixteen": per_block // 2}, "max_num_seqs": max_num_seqs}
     assume(
         (budget.kv_budget // budget.per_block_bytes) <= (blocks_for or (lambda n: math.ceil(n / 16)))(max_model_len)
     )
@@ -150,8 +151,12 @@ def test_every_remedy_works_and_no_smaller_change_would(shortage):
         assert not holds(budget, int(found[1]) + 1, blocks_for)
     else:
         assert not holds(budget, 1, blocks_for)
-    narrower = holds(replace(budget, per_block_bytes=budget.per_block_bytes // 2), length, blocks_for)
-    assert ("16-bit elements" in text) == narrower
+    fits_in = {
+        setting: holds(replace(budget, per_block_bytes=size), length, blocks_for)
+        for setting, size in options["other_formats"].items()
+    }
+    assert ("--sixteen" in text) == fits_in["--sixteen"]
+    assert ("--eight" in text) == (fits_in["--eight"] and not fits_in["--sixteen"])
     if found := re.search(r"max-num-seqs to (\d+)", text):
         fewer = int(found[1]) * budget.recurrent_state // options["max_num_seqs"]
         assert holds(replan(budget, recurrent_state=fewer), length, blocks_for)

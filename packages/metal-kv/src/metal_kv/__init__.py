@@ -5,6 +5,7 @@ from metal_kv.block_pool import BlockPool, SequenceBlocks
 from metal_kv.block_table import BlockTable, kernel_block_table
 from metal_kv.budget import MemoryBudget
 from metal_kv.errors import BlockTableError, MetalKVError, NotEnoughMemoryError, OutOfBlocksError, SpecError
+from metal_kv.grouping import group_layers
 from metal_kv.hybrid import unify_page_sizes
 from metal_kv.layout import CacheGroup, CacheLayout, LayerPlace, bytes_per_block, max_blocks_per_request
 from metal_kv.pool import KVCachePool, LayerCache
@@ -35,6 +36,7 @@ __all__ = [
     "unify_page_sizes",
     # where it lies
     "CacheGroup",
+    "group_layers",
     "CacheLayout",
     "LayerPlace",
     "bytes_per_block",

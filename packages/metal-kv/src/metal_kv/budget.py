@@ -1,7 +1,7 @@
 """How the memory limit is divided between weights, one step, recurrent states and cache blocks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from metal_kv.errors import NotEnoughMemoryError
@@ -103,8 +103,7 @@ class MemoryBudget:
         max_model_len: int | None = None,
         blocks_per_request: Callable[[int], int] | None = None,
         *,
-        kv_itemsize: int | None = None,
-        kv_itemsizes: Sequence[int] = (4, 2),
+        other_formats: Mapping[str, int] | None = None,
         max_num_seqs: int | None = None,
     ) -> None:
         """Refuse a plan that does not hold one request, and say what would.
@@ -112,8 +111,7 @@ class MemoryBudget:
         Args:
             max_model_len: Tokens of that request; None for one block.
             blocks_per_request: Blocks a request of so many tokens holds; None for full attention.
-            kv_itemsize: Bytes per cached element, if a narrower one is an option.
-            kv_itemsizes: Bytes per element that the cache can store.
+            other_formats: Bytes per block under other settings of the cache's format, by what to set.
             max_num_seqs: Requests ``recurrent_state`` is for, if fewer are an option.
 
         Raises:
@@ -126,7 +124,7 @@ class MemoryBudget:
         remedies = [
             *self._more_memory(needed),
             *self._shorter_requests(max_model_len, blocks_per_request),
-            *self._narrower_elements(needed, kv_itemsize, kv_itemsizes),
+            *self._smaller_blocks(needed, other_formats or {}),
             *self._fewer_states(needed, max_num_seqs),
             *self._smaller_model(needed),
         ]
@@ -181,11 +179,11 @@ class MemoryBudget:
         longest = self.max_model_len(max_model_len or 0, blocks_per_request)
         return [f"reduce --max-model-len to {longest} or less"] if longest else []
 
-    def _narrower_elements(self, needed: int, itemsize: int | None, itemsizes: Sequence[int]) -> list[str]:
-        fitting = [
-            size for size in itemsizes if itemsize and size < itemsize and needed * size <= self.kv_budget * itemsize
-        ]
-        return [f"store the KV cache in {8 * max(fitting)}-bit elements"] if fitting else []
+    def _smaller_blocks(self, needed: int, other_formats: Mapping[str, int]) -> list[str]:
+        """The setting that changes least, that is whose blocks are largest."""
+        num_blocks = needed // self.per_block_bytes
+        fitting = {size: setting for setting, size in other_formats.items() if num_blocks * size <= self.kv_budget}
+        return [f"cache in another format: {fitting[max(fitting)]}"] if fitting else []
 
     def _fewer_states(self, needed: int, max_num_seqs: int | None) -> list[str]:
         if not max_num_seqs or not self.recurrent_state:

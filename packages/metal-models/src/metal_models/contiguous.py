@@ -124,9 +124,9 @@ class ContiguousModel:
             self._requests[req_id].caches = caches
         joining = []
         for req_id in decoding:
-            caches = self._requests[req_id].caches
-            if caches is not None:
-                joining.append((req_id, caches))
+            own = self._requests[req_id].caches
+            if own is not None:
+                joining.append((req_id, own))
                 self._requests[req_id].caches = None
         self._batch.join(joining)
 
