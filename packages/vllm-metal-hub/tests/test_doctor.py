@@ -72,6 +72,11 @@ def test_hubs_that_answer_and_hubs_that_do_not(hub, monkeypatch):
     assert "a mirror that you chose" in found["ModelScope"].found
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert "would not go to" in by_name(hub_checks())["Hugging Face token"].found
+    assert by_name(hub_checks())["ModelScope token"].found.startswith("none")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    monkeypatch.setenv("VLLM_METAL_HUB_TOKEN_TO_MIRROR", "1")
+    assert "would go to" in by_name(hub_checks())["ModelScope token"].found
+    assert "secret" not in repr(list(hub_checks()))
     hub.close()
     assert by_name(hub_checks())["Hugging Face"].status == "warn"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -9,7 +9,8 @@ import pytest
 
 from vllm_metal_hub import remove, resolve
 from vllm_metal_hub.testing.repository import safetensors
-from vllm_metal_hub.vllm_plugin import local_path, prepare, register
+from vllm_metal_hub.vllm_paths import local_path
+from vllm_metal_hub.vllm_plugin import prepare, register
 from vllm_metal_plugin.errors import ModelFilesError
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"[]", "model.safetensors": safetensors("a", 1000)}

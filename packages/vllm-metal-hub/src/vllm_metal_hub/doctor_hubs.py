@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_metal_hub.doctor_checks import Check
 from vllm_metal_hub.errors import UsageError
 from vllm_metal_hub.model_ref import Source
-from vllm_metal_hub.settings import HUGGINGFACE, MODELSCOPE, HubSettings
+from vllm_metal_hub.settings import HUGGINGFACE, MODELSCOPE, HubSettings, host_of, is_modelscope
 
 BUDGET_S = 3.0
 _BOTH: tuple[Source, ...] = ("huggingface", "modelscope")
@@ -53,9 +53,18 @@ def _reachable(source: Source, settings: HubSettings) -> Check:
 
 def _tokens(settings: HubSettings) -> Iterator[Check]:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    if os.environ.get("HF_TOKEN") or (home / "token").is_file():
-        own = settings.hf_endpoint == HUGGINGFACE or settings.token_to_mirror
-        where = f"would go to {settings.hf_endpoint}" if own else f"would not go to {settings.hf_endpoint}"
-        yield Check("Hugging Face token", "ok", f"there is one; it {where}")
-    else:
-        yield Check("Hugging Face token", "ok", "none: public models only")
+    yield _token(
+        "Hugging Face", bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file(), settings.hf_endpoint,
+        host_of(settings.hf_endpoint) == host_of(HUGGINGFACE) or settings.token_to_mirror,
+    )  # fmt: skip
+    yield _token(
+        "ModelScope", bool(os.environ.get("MODELSCOPE_API_TOKEN")), settings.modelscope_endpoint,
+        is_modelscope(settings.modelscope_endpoint) or settings.token_to_mirror,
+    )  # fmt: skip
+
+
+def _token(hub: str, present: bool, endpoint: str, sent: bool) -> Check:
+    """Whether there is a token and where it would go; never the token."""
+    where = "would go to" if sent else "would not go to"
+    found = f"there is one; it {where} {endpoint}" if present else "none: public models only"
+    return Check(f"{hub} token", "ok", found)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
+from urllib.parse import urlsplit
 
 from vllm_metal_hub.errors import UsageError
 from vllm_metal_hub.model_ref import Source
@@ -14,6 +15,7 @@ Update = Literal["never", "check", "always"]
 HUGGINGFACE = "https://huggingface.co"
 MODELSCOPE = "https://www.modelscope.cn"
 
+_MODELSCOPE_DOMAINS = ("modelscope.cn", "modelscope.ai")
 _TRUE = {"1", "true", "yes", "on"}
 
 VARIABLES: dict[str, str] = {
@@ -44,6 +46,17 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     if not words or any(word not in get_args(Source) for word in words):
         raise UsageError(f"[source] expected huggingface, modelscope or both with a comma, got {text!r}. Change it.")
     return tuple(cast(list[Source], list(dict.fromkeys(words))))
+
+
+def host_of(endpoint: str) -> str:
+    """The host name of an address."""
+    return urlsplit(endpoint).hostname or ""
+
+
+def is_modelscope(endpoint: str) -> bool:
+    """Tell whether an address is ModelScope's own, and no mirror."""
+    host = host_of(endpoint)
+    return any(host == domain or host.endswith("." + domain) for domain in _MODELSCOPE_DOMAINS)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm_metal_hub.errors import HubError, NotFoundError, OfflineError, UsageEr
 from vllm_metal_hub.model_ref import is_local, parse
 from vllm_metal_hub.resolver import resolve
 from vllm_metal_hub.settings import HubSettings
+from vllm_metal_hub.vllm_paths import local_path
 from vllm_metal_plugin.errors import ModelFilesError
 
 RESOLVER = "vllm-metal-hub"
@@ -60,8 +61,6 @@ def make_local(lora_request: LoRARequest) -> None:
     """
     if is_local(lora_request.lora_path):
         return
-    from vllm_metal_hub.vllm_plugin import local_path
-
     try:
         lora_request.lora_path = local_path(lora_request.lora_path, None) or lora_request.lora_path
     except ModelFilesError as error:
@@ -70,7 +69,7 @@ def make_local(lora_request: LoRARequest) -> None:
         raise
 
 
-class PulledAdapters(LoRAResolver):
+class PulledAdapters(LoRAResolver):  # type: ignore[misc]
     """Finds an adapter that a request names as its model, among those that were pulled before.
 
     It never uses the network: otherwise whoever may send requests could make the server download anything.

@@ -1,16 +1,12 @@
 """What every vLLM process does with this package: model references become local snapshots."""
 
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_metal_hub.errors import HubError
 from vllm_metal_hub.settings import VARIABLES
-
-if TYPE_CHECKING:
-    from vllm_metal_hub.resolver import Profile
-    from vllm_metal_hub.snapshot import LocalSnapshot
+from vllm_metal_hub.vllm_paths import local_path, resolved
 
 _installed = False
 
@@ -53,31 +49,6 @@ def register() -> None:
     # Under HF_HUB_OFFLINE vLLM looks references up when its arguments are made, in one cache, and forgets the name
     # that was typed. Ours are resolved with every other launch, in create.
     arg_utils.get_model_path = _as_typed
-
-
-def local_path(reference: str, revision: str | None, *, small: bool = False) -> str | None:
-    """Resolve for the plugin, whose errors vLLM's front end prints without a traceback.
-
-    ``small`` leaves out the weights. Progress goes to the error stream.
-
-    Raises:
-        ModelFilesError: with the text of the HubError behind it.
-    """
-    return str(_resolved(reference, revision, "small" if small else "auto").path)
-
-
-def _resolved(reference: str, revision: str | None, profile: "Profile") -> "LocalSnapshot":
-    from rich.console import Console
-
-    from vllm_metal_hub.pull_display import PullDisplay
-    from vllm_metal_hub.resolver import resolve
-    from vllm_metal_plugin.errors import ModelFilesError
-
-    try:
-        with PullDisplay(Console(file=sys.stderr, highlight=False), reference) as display:
-            return resolve(reference, revision=revision, profile=profile, on_event=display)
-    except HubError as error:
-        raise ModelFilesError(str(error)) from error
 
 
 def prepare(engine_args: Any) -> None:
@@ -142,7 +113,7 @@ def _with_code(path: str, code_revision: str | None) -> str:
         return path
     root = HubSettings.from_env().with_code
     try:
-        return str(with_code(Path(path), lambda repo: _resolved(repo, code_revision, "small").path, root))
+        return str(with_code(Path(path), lambda repo: resolved(repo, code_revision, "small").path, root))
     except HubError as error:
         raise ModelFilesError(str(error)) from error
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
-from urllib.parse import urlsplit
 
 from vllm_metal_hub.snapshot import FileEntry
 
@@ -53,11 +52,6 @@ class Hub(Protocol):
     def open(self, repo: str, commit: str, path: str, start: int) -> AbstractContextManager[ByteStream]:
         """Open one file at byte ``start``; the stream says where the server really started."""
         ...
-
-
-def host_of(endpoint: str) -> str:
-    """The host name of an address."""
-    return urlsplit(endpoint).hostname or ""
 
 
 def start_of(status: int, content_range: str | None) -> int:

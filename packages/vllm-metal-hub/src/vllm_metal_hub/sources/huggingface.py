@@ -10,9 +10,9 @@ import huggingface_hub.errors as hf_errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from vllm_metal_hub.errors import GatedError, HubError, NetworkError, NotFoundError
-from vllm_metal_hub.settings import HUGGINGFACE, HubSettings
+from vllm_metal_hub.settings import HUGGINGFACE, HubSettings, host_of
 from vllm_metal_hub.snapshot import FileEntry
-from vllm_metal_hub.sources.base import ByteStream, Listing, TransientError, host_of, seconds_of, start_of
+from vllm_metal_hub.sources.base import ByteStream, Listing, TransientError, seconds_of, start_of
 
 T = TypeVar("T")
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)

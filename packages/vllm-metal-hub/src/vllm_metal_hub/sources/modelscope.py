@@ -11,12 +11,11 @@ import requests
 import urllib3
 
 from vllm_metal_hub.errors import GatedError, NetworkError, NotFoundError
-from vllm_metal_hub.settings import HubSettings
+from vllm_metal_hub.settings import HubSettings, is_modelscope
 from vllm_metal_hub.snapshot import FileEntry
-from vllm_metal_hub.sources.base import ByteStream, Listing, TransientError, host_of, seconds_of, start_of
+from vllm_metal_hub.sources.base import ByteStream, Listing, TransientError, seconds_of, start_of
 
 T = TypeVar("T")
-_OWN_DOMAINS = ("modelscope.cn", "modelscope.ai")
 DEFAULT_BRANCH = "master"
 
 
@@ -25,9 +24,8 @@ class ModelScope:
 
     def __init__(self, settings: HubSettings) -> None:
         self.endpoint = settings.modelscope_endpoint
-        host = host_of(self.endpoint)
-        own = any(host == domain or host.endswith("." + domain) for domain in _OWN_DOMAINS)
-        token = os.environ.get("MODELSCOPE_API_TOKEN") if own or settings.token_to_mirror else ""
+        own = is_modelscope(self.endpoint) or settings.token_to_mirror
+        token = os.environ.get("MODELSCOPE_API_TOKEN") if own else ""
         self._client = modelscope_hub.HubApi(endpoint=self.endpoint, token=token).legacy
 
     def commit(self, repo: str, revision: str | None) -> None:
