@@ -60,6 +60,14 @@ def tests(session: nox.Session, dist: str) -> None:
     session.run(*command, env=TEST_ENV)
 
 
+@nox.session(python=PYTHON, default=False)
+def parity(session: nox.Session) -> None:
+    """Compare every architecture with mlx-lm's own generation, and run the other slow model tests; nightly."""
+    apt_install(session, "g++", "g++")
+    install(session, "metal-models", "test", "demo", extras={"metal-models": "torch"})
+    session.run("pytest", "packages/metal-models/tests", "-q", "-m", "slow", *session.posargs, env=TEST_ENV)
+
+
 @nox.session(python=PYTHON)
 def layers(session: nox.Session) -> None:
     """Check the import rules between the packages and, exhaustively, inside each."""
