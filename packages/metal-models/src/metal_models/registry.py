@@ -7,9 +7,11 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes as mlx_lm_classes
 
+from metal_kv.spec import KVCacheSpec
 from metal_models import interception
 from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.head_split import HeadSplit
+from metal_models.layer import all_specs
 from metal_models.tracing import trace
 
 # mlx-lm's model files that adapters has a module for, of the same name and with the same two names in it.
@@ -94,15 +96,21 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def supported(config: dict[str, Any]) -> None:
-    """Check that an architecture runs over the paged cache, without reading weights.
+def layer_specs(config: dict[str, Any], block_size: int = 16) -> dict[str, KVCacheSpec]:
+    """Return what each layer of a model would keep, by name, without reading weights.
 
     Args:
         config: As in the model's ``config.json``.
+        block_size: Tokens per block.
 
     Raises:
-        UnsupportedModelError: It does not; the error names the architecture and the reason.
+        UnsupportedModelError: It does not run over the paged cache; the error names the architecture and the reason.
         MetalModelsError: The config is incomplete.
     """
     model = build(config)
-    trace(model, HeadSplit(model), architecture_of(config))
+    return all_specs(trace(model, HeadSplit(model), architecture_of(config)).layers, block_size)
+
+
+def supported(config: dict[str, Any]) -> None:
+    """Check that an architecture runs over the paged cache, as ``layer_specs`` does."""
+    layer_specs(config)

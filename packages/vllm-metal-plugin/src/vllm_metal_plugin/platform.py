@@ -155,3 +155,28 @@ class MetalPlatform(Platform):  # type: ignore[misc]
             cache.block_size = envs.block_size
         if envs.prefix_cache is not None:
             cache.enable_prefix_caching = envs.prefix_cache
+        if model is not None:
+            _cache_states_with_prefixes(vllm_config)
+
+
+def _cache_states_with_prefixes(vllm_config: "VllmConfig") -> None:
+    """Set the prefix caching of recurrent states up as vLLM does for architectures that it knows to have them."""
+    from vllm_metal_plugin.log import metal_logger
+    from vllm_metal_plugin.preflight import keeps_states
+
+    cache = vllm_config.cache_config
+    if (
+        cache.enable_prefix_caching
+        and cache.mamba_cache_mode == "none"
+        and keeps_states(vllm_config.model_config.model)
+    ):
+        if vllm_config.scheduler_config.enable_chunked_prefill:
+            cache.mamba_cache_mode = "align"
+        else:
+            metal_logger(__name__).info(
+                "Prefix caching is off: with recurrent layers it needs chunked prefill (--enable-chunked-prefill)"
+            )
+            cache.enable_prefix_caching = False
+    elif not cache.enable_prefix_caching and cache.mamba_cache_mode != "none":
+        cache.mamba_cache_mode = "none"
+        cache.mamba_block_size = vllm_config.model_config.max_model_len

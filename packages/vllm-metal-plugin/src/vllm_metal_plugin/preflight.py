@@ -1,7 +1,10 @@
 """Cheap checks of a model directory before any engine process starts."""
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
+from metal_kv import KVCacheSpec, RecurrentStateSpec
 from vllm_metal_plugin.errors import ModelFilesError
 
 
@@ -11,13 +14,26 @@ def check_model_files(directory: str) -> None:
     Raises:
         ModelFilesError: A file is missing or truncated, or the architecture cannot be served.
     """
-    from metal_models import MetalModelsError, supported
-    from metal_models.checkpoint import check_files, read_config
+    from metal_models import MetalModelsError
+    from metal_models.checkpoint import check_files
 
     path = Path(directory)
     try:
-        supported(read_config(path))
+        _layer_specs(directory)
         if any(path.glob("model*.safetensors")) or not any(path.glob("*.gguf")):
             check_files(path)
     except MetalModelsError as error:
         raise ModelFilesError(str(error)) from error
+
+
+def keeps_states(directory: str) -> bool:
+    """Whether some layer of the model carries a recurrent state from token to token."""
+    return any(isinstance(spec, RecurrentStateSpec) for spec in _layer_specs(directory).values())
+
+
+@cache
+def _layer_specs(directory: str) -> Mapping[str, KVCacheSpec]:
+    from metal_models.checkpoint import read_config
+    from metal_models.registry import layer_specs
+
+    return layer_specs(read_config(Path(directory)))
