@@ -116,6 +116,16 @@ class HeadSplit:
         return logits
 
 
+def backbone_path(model: nn.Module) -> tuple[str, ...]:
+    """Return the attribute names from ``model`` to the module that turns token ids into hidden rows.
+
+    Raises:
+        MetalModelsError: It has none under a usual name.
+    """
+    boundary = _boundary(model)
+    return boundary.path[:-1] if boundary.layers else boundary.path
+
+
 def _boundary(model: nn.Module) -> Boundary:
     """Return the declared boundary, or the innermost backbone reached by its usual names."""
     declared = _INLINE_HEADS.get(type(model).__module__.rpartition(".")[2])

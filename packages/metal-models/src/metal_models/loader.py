@@ -1,5 +1,6 @@
 """Loads a model from a local directory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from metal_models import interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
+from metal_models.pooling_checkpoint import for_pooling
 
 
-def load(path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: int = 0) -> PagedModel:
+def load(
+    path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: int = 0, pooling: bool = False
+) -> PagedModel:
     """Load a model and evaluate its parameters.
 
     Args:
@@ -23,13 +27,14 @@ def load(path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: in
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
         expand_to_bytes: Hold quantised weights as floats if all weights then take no more than this. For MLX's
             CPU backend, whose quantized matmul is a scalar loop.
+        pooling: Whether the checkpoint may be that of a model that embeds or classifies: see ``for_pooling``.
 
     Raises:
         UnsupportedModelError: The architecture does not page (known before weights are read).
         CheckpointError: A file is missing or damaged, or a tensor is missing, too many or misshapen.
     """
     path = Path(path)
-    module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype)
+    module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype, pooling)
     if _expanded_nbytes(module) <= expand_to_bytes:
         mx.eval(dequantize_model(module).parameters())
     return PagedModel(module, config)
@@ -61,7 +66,7 @@ def _load_gguf(path: Path, dtype: mx.Dtype | None) -> tuple[nn.Module, dict[str,
     return loaded
 
 
-def _load_safetensors(path: Path, dtype: mx.Dtype | None) -> tuple[nn.Module, dict[str, Any]]:
+def _load_safetensors(path: Path, dtype: mx.Dtype | None, pooling: bool) -> tuple[nn.Module, dict[str, Any]]:
     config = read_config(path)
     if "model_file" in config:
         raise MetalModelsError(
@@ -71,7 +76,7 @@ def _load_safetensors(path: Path, dtype: mx.Dtype | None) -> tuple[nn.Module, di
     registry.supported(config)
     check_files(path)
     try:
-        module, config = load_model(path, lazy=True, strict=True, get_model_classes=registry.model_classes)
+        module, config = load_model(path, lazy=True, strict=True, get_model_classes=_classes(pooling))
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"[load] expected tensors that fit {config['model_type']!r} in {path}, got: {_summary(error)}. "
@@ -81,6 +86,17 @@ def _load_safetensors(path: Path, dtype: mx.Dtype | None) -> tuple[nn.Module, di
         _cast(module, dtype)
     mx.eval(module.parameters())
     return module, config
+
+
+def _classes(pooling: bool) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type[Any]]]:
+    if not pooling:
+        return registry.model_classes
+
+    def pooling_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
+        model_class, args_class = registry.model_classes(config)
+        return for_pooling(model_class), args_class
+
+    return pooling_classes
 
 
 def _cast(module: nn.Module, dtype: mx.Dtype) -> None:

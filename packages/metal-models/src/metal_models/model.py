@@ -90,6 +90,13 @@ class PagedModel:
         """Apply the model's own head, soft-capping and scaling included, to some hidden rows."""
         return self._split.logits(hidden[:, None]).squeeze(1)
 
+    def head_rows(self, token_ids: Int32[mx.array, "tokens"]) -> Float[mx.array, "tokens hidden"]:
+        """Return the head's weights for some tokens of the vocabulary: what a hidden row is multiplied with."""
+        hidden = mx.zeros((token_ids.size, self.hidden_size), self.dtype)
+        wanted = (token_ids[:, None] == mx.arange(self.vocab_size)).astype(self.compute_logits(hidden).dtype)
+        _, rows = mx.vjp(self.compute_logits, [hidden], [wanted])
+        return rows[0]
+
     def _bind(self, pool: KVCachePool) -> None:
         """Make one view per cache of the model, over the layers of ``pool``."""
         self._step = Step()
