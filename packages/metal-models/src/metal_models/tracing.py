@@ -20,9 +20,6 @@ from metal_models.recurrent_layer import NotingStates
 # More than one, so that code that needs a single Python offset shows itself.
 _ROWS = 2
 
-# Kinds of cache that no layer stands behind yet.
-_UNKNOWN = {}
-
 # What a model trips over -> what it wanted.
 _MEANINGS = {
     "PagedMask": "a layer computes attention from the mask itself instead of calling the shared function",
@@ -83,8 +80,7 @@ def _noting(step: _TracedStep, cache: Any) -> NotingCache:
     """Return what takes notes in place of one of mlx-lm's caches."""
     note = _KINDS.get(type(cache))
     if note is None:
-        kind = type(cache).__name__
-        raise TypeError(f"a layer {_UNKNOWN.get(kind, 'needs a cache of its own kind')} ({kind})")
+        raise TypeError(f"a layer needs a cache of its own kind ({type(cache).__name__})")
     return note(step, cache)
 
 

@@ -28,29 +28,33 @@ class Indexer(deepseek_v32.Indexer):
         Returns:
             int32 ``[tokens, index_topk]``, -1 for none; None where every context is short enough to see whole.
         """
-        tokens, rope = x.shape[0], self.rope
+        tokens = x.shape[0]
+        rope: Any = self.rope
         keys = rope(self.k_norm(self.wk(x))[:, None], offset=cache.offset)
         cache.update_and_fetch(keys, mx.zeros((tokens, 1, 1, 0), keys.dtype))
         if cache.max_context <= self.index_topk:
             return None
-        rows = rope(self.wq_b(queries).reshape(tokens, self.n_heads, 1, self.head_dim), offset=cache.offset)
-        rows = rows.squeeze(2).swapaxes(0, 1)
-        weights = self.weights_proj(x).squeeze(1).T * (self.n_heads**-0.5 * self.softmax_scale)
+        rotated = rope(self.wq_b(queries).reshape(tokens, self.n_heads, 1, self.head_dim), offset=cache.offset)
+        rows: mx.array = rotated.squeeze(2).swapaxes(0, 1)
+        weights: mx.array = self.weights_proj(x).squeeze(1).T * (self.n_heads**-0.5 * self.softmax_scale)
 
         def score(part: slice, index_keys: mx.array) -> mx.array:
             scores = mx.maximum(rows[:, part] @ index_keys.astype(rows.dtype).T, 0)
-            return (scores * weights[:, part, None]).sum(axis=0)
+            weighted: mx.array = (scores * weights[:, part, None]).sum(axis=0)
+            return weighted
 
         def use(pages: mx.array, batch: RaggedBatch) -> mx.array:
             return sparse_rows.pick(pages, batch, self.index_topk, score, self.n_heads)
 
-        return cache.read(use, mx.zeros((tokens, self.index_topk), mx.int32))
+        like = mx.zeros((tokens, self.index_topk), mx.int32)
+        picked: mx.array = cache.read(use, like)
+        return picked
 
 
 class Attention(deepseek_v32.DeepseekV32Attention):
     """DeepSeek-V3.2's attention over paged latents and index keys."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.indexer = Indexer(args)
 

@@ -48,16 +48,16 @@ def _by_head(projection: nn.Module, rows: mx.array, part: slice, *, transpose: b
     heads = rows.shape[1]
     by_head = rows.swapaxes(0, 2)  # one matmul of all tokens for each head
 
-    def slices(name: str) -> mx.array | None:
-        weight = projection.get(name)
-        return None if weight is None else weight.reshape(heads, -1, weight.shape[-1])[:, part]
+    def slices(name: str) -> mx.array:
+        weight: mx.array = projection[name]
+        return weight.reshape(heads, -1, weight.shape[-1])[:, part]
 
     if isinstance(projection, nn.QuantizedLinear):
         out = mx.quantized_matmul(
             by_head,
             slices("weight"),
             scales=slices("scales"),
-            biases=slices("biases"),
+            biases=slices("biases") if "biases" in projection else None,
             transpose=transpose,
             group_size=projection.group_size,
             bits=projection.bits,
@@ -65,7 +65,6 @@ def _by_head(projection: nn.Module, rows: mx.array, part: slice, *, transpose: b
         )
     elif isinstance(projection, nn.Linear):
         weight = slices("weight")
-        assert weight is not None
         out = by_head @ (weight.swapaxes(-1, -2) if transpose else weight)
     else:
         raise MetalModelsError(

@@ -60,7 +60,7 @@ class Model(llama4.Model):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        text = args.text_config
+        text: Any = args.text_config
         self.language_model.model = LlamaModel(text)
         for index, layer in enumerate(self.layers):
             layer.self_attn = Attention(text, index)

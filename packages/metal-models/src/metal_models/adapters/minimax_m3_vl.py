@@ -18,6 +18,12 @@ __all__ = ["Model", "ModelArgs"]
 class Attention(minimax_m3_vl.Attention):
     """MiniMax M3's attention over paged keys, values and index keys."""
 
+    # Optional in the config, and given whenever a layer is sparse.
+    index_n_heads: int
+    index_head_dim: int
+    index_block_size: int
+    index_topk_blocks: int
+
     def __init__(self, args: TextArgs, layer_idx: int) -> None:
         super().__init__(args, layer_idx)
         if self.is_sparse_attn and self.index_n_heads % self.num_key_value_heads:
@@ -66,7 +72,7 @@ class Attention(minimax_m3_vl.Attention):
 
         def use(pages: mx.array, batch: RaggedBatch) -> mx.array:
             pieces = sparse_rows.requests(pages, batch, heads)
-            picked = [self._pick_blocks(rows[:, part], keys, positions) for part, keys, positions in pieces]
+            picked = [self._pick_blocks(rows[:, part], seen, positions) for part, seen, positions in pieces]
             return mx.concatenate(picked).astype(mx.int32)
 
         return cache.read(use, mx.zeros((tokens, heads, topk), mx.int32))
@@ -120,5 +126,6 @@ class Model(minimax_m3_vl.Model):
 
     def __init__(self, config: ModelArgs) -> None:
         super().__init__(config)
+        text: Any = config.text_config
         for index, layer in enumerate(self.layers):
-            layer.self_attn = Attention(config.text_config, index)
+            layer.self_attn = Attention(text, index)

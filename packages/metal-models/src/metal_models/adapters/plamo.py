@@ -24,8 +24,9 @@ class Attention(plamo.Attention):
         queries = self.q_proj(hidden_states).reshape(tokens, self.q_num_heads, 1, self.qk_dim)
         keys = self.k_proj(hidden_states).reshape(tokens, self.k_num_heads, 1, self.qk_dim)
         values = self.v_proj(hidden_states).reshape(tokens, self.v_num_heads, 1, self.v_dim)
-        queries = self.rotary_emb(queries, offset=cache.offset)
-        cache.update_and_fetch(self.rotary_emb(keys, offset=cache.offset), values)
+        rope: Any = self.rotary_emb
+        queries = rope(queries, offset=cache.offset)
+        cache.update_and_fetch(rope(keys, offset=cache.offset), values)
         # Query head h uses key head h % key heads; attention wants those of a key head side by side.
         by_turns = queries.reshape(tokens, -1, self.k_num_heads, self.qk_dim)
         by_groups = by_turns.swapaxes(1, 2).reshape(queries.shape)
