@@ -209,3 +209,47 @@ def test_quantised_cache_holds_more(engine: Callable[..., LLM]) -> None:
 
     plain = blocks()
     assert blocks(kv_cache_dtype="int8_per_token_head") > 2.5 * plain
+
+
+@pytest.fixture
+def contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve from mlx-lm's own caches."""
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+
+
+@pytest.mark.usefixtures("contiguous")
+def test_contiguous_batches_equal_mlx_lm(engine: Callable[..., LLM], mlx_lm_tokens: Generate) -> None:
+    llm = engine()
+    expected = [mlx_lm_tokens(prompt, 20) for prompt in PROMPTS]
+    assert generate(llm, PROMPTS) == expected
+    assert generate(llm, PROMPTS) == expected
+
+
+@pytest.mark.usefixtures("contiguous")
+def test_contiguous_prefixes_preemptions_and_prompt_logprobs(
+    engine: Callable[..., LLM], mlx_lm_tokens: Generate, mlx_lm_logprobs: Any
+) -> None:
+    llm = engine(num_gpu_blocks_override=12, block_size=8, max_model_len=64)
+    shared = [1, *range(10, 26)]
+    prompts = [[*shared, 30 + i] for i in range(5)]
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    preemptions = _count_preemptions(llm)
+    assert generate(llm, prompts, params) == [mlx_lm_tokens(prompt, 30) for prompt in prompts]
+    assert preemptions()
+    asking = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    [output] = llm.generate([{"prompt_token_ids": prompts[0]}], asking, use_tqdm=False)
+    expected = mlx_lm_logprobs(prompts[0])
+    for position, scores in enumerate(output.prompt_logprobs[1:], 1):
+        token = prompts[0][position]
+        assert scores[token].logprob == pytest.approx(expected[position - 1, token], abs=1e-3)
+
+
+@pytest.mark.usefixtures("contiguous")
+def test_contiguous_prefixes_are_shared_under_one_salt(engine: Callable[..., LLM], mlx_lm_tokens: Generate) -> None:
+    llm = engine()
+    prompt = [1, *range(30, 90)]
+    expected = mlx_lm_tokens(prompt, 20)
+    for salt in ("a", "b", "a"):
+        [output] = llm.generate([{"prompt_token_ids": prompt, "cache_salt": salt}], GREEDY, use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == expected
+    assert generate(llm, [prompt]) == [expected]

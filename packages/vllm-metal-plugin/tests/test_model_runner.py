@@ -13,6 +13,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
 import metal_models
 from metal_kv import CacheGroup, CacheLayout, KVCachePool
+from vllm_metal_plugin.forward_pass import PagedForward
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.model_runner import ModelRunner
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
@@ -35,7 +36,12 @@ def runner(model_dir: Path) -> ModelRunner:
         new_prompt_logprobs=lambda length, k: PromptLogprobs(length, k, vocab_size, "raw_logprobs"),
     )
     return ModelRunner(
-        model, pool, batch, Sampler(vocab_size), block_sizes=[BLOCK], wait_before_dispatch=True, debug=True
+        PagedForward(model, pool),
+        batch,
+        Sampler(vocab_size),
+        block_sizes=[BLOCK],
+        wait_before_dispatch=True,
+        debug=True,
     )
 
 

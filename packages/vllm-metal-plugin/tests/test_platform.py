@@ -126,11 +126,17 @@ def test_unsupported_options_are_named(vllm_config, options, text) -> None:  # t
         vllm_config(**options)
 
 
-def test_contiguous_path_is_refused(  # type: ignore[no-untyped-def]
+def test_contiguous_path_leaves_prefixes_to_the_worker(  # type: ignore[no-untyped-def]
     vllm_config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm_metal_plugin.config import MetalConfig
     from vllm_metal_plugin.errors import UnsupportedConfigError
 
     monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
-    with pytest.raises(UnsupportedConfigError, match="VLLM_METAL_USE_PAGED_ATTENTION"):
-        vllm_config()
+    config = vllm_config()
+    assert not config.cache_config.enable_prefix_caching
+    assert MetalConfig.from_vllm(config).keep_prefixes
+    with pytest.raises(UnsupportedConfigError, match="--kv-cache-dtype auto"):
+        vllm_config(kv_cache_dtype="fp8")
+    monkeypatch.setenv("VLLM_METAL_PREFIX_CACHE", "0")
+    assert not MetalConfig.from_vllm(vllm_config()).keep_prefixes

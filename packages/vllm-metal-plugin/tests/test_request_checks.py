@@ -57,3 +57,13 @@ def test_refuses_tokens_outside_the_vocabulary(token_ids: list[int]) -> None:
 def test_refuses_prompts_that_are_no_tokens(inputs: dict[str, object]) -> None:
     with pytest.raises(UnsupportedRequestError, match=str(inputs["type"])):
         check_request(inputs, SamplingParams())
+
+
+def test_salt_travels_with_the_parameters_and_does_not_stay() -> None:
+    params = SamplingParams()
+    check_request({**TOKENS, "cache_salt": "a"}, params)
+    assert params.extra_args == {"cache_salt": "a"}
+    check_request({**TOKENS, "cache_salt": "b"}, params)
+    assert params.extra_args == {"cache_salt": "b"}
+    check_request(TOKENS, params)
+    assert not params.extra_args

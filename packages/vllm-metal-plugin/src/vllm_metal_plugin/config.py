@@ -9,6 +9,9 @@ from vllm_metal_plugin.envs import MetalEnvs, read_envs
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+CONTIGUOUS_PREFIX_CACHE = "contiguous_prefix_cache"
+"""Key of ``additional_config``: whether the worker keeps prefixes of contiguous caches."""
+
 
 @dataclass(frozen=True)
 class MetalConfig:
@@ -18,6 +21,7 @@ class MetalConfig:
         max_num_tokens: Token rows of the largest step.
         max_num_reqs: Requests that run at a time.
         cache_formats: How keys and values are cached.
+        keep_prefixes: Whether prompts' prefixes are kept beside contiguous caches.
     """
 
     envs: MetalEnvs
@@ -25,6 +29,7 @@ class MetalConfig:
     max_num_reqs: int
     logprobs_mode: str
     cache_formats: CacheFormats
+    keep_prefixes: bool
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MetalConfig":
@@ -36,4 +41,5 @@ class MetalConfig:
             max_num_reqs=scheduler.max_num_seqs,
             logprobs_mode=str(vllm_config.model_config.logprobs_mode),
             cache_formats=CacheFormats.from_vllm(vllm_config),
+            keep_prefixes=bool((vllm_config.additional_config or {}).get(CONTIGUOUS_PREFIX_CACHE, False)),
         )

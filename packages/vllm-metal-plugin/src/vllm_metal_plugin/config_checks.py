@@ -26,11 +26,10 @@ def check_config(vllm_config: "VllmConfig", envs: MetalEnvs) -> None:
 
 
 def _paged(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
-    if not envs.use_paged_attention:
+    if not envs.use_paged_attention and CacheFormats.from_vllm(config) != CacheFormats():
         yield (
-            "expected VLLM_METAL_USE_PAGED_ATTENTION=1, got 0. Unset it: the contiguous MLX path is not "
-            "in this "
-            "version."
+            f"expected --kv-cache-dtype auto with VLLM_METAL_USE_PAGED_ATTENTION=0, got "
+            f"{CacheFormats.from_vllm(config)}. Only pages are quantised: drop one of the two."
         )
 
 

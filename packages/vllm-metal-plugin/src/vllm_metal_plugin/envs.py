@@ -120,7 +120,7 @@ TABLE: tuple[EnvVar, ...] = (
     ),
     EnvVar(
         "VLLM_METAL_USE_PAGED_ATTENTION", "use_paged_attention", _flag, _BOOL, "1", True,
-        "Keep the KV cache in pages. 0 selects the contiguous MLX path, which this version does not have.",
+        "Keep the KV cache in pages. 0 keeps it in mlx-lm's own caches, one set for each request.",
     ),
     EnvVar(
         "VLLM_METAL_DEBUG", "debug", _flag, _BOOL, "0", False,
@@ -145,7 +145,7 @@ TABLE: tuple[EnvVar, ...] = (
     EnvVar(
         "VLLM_METAL_PREFIX_CACHE", "prefix_cache", _flag, _BOOL, "unset", None,
         "Reuse the cache of shared prompt prefixes: 1 and 0 do what `--enable-prefix-caching` and "
-        "`--no-enable-prefix-caching` do. Unset leaves vLLM's default (on).",
+        "`--no-enable-prefix-caching` do, on both paths. Unset leaves vLLM's default (on).",
     ),
     EnvVar(
         "VLLM_METAL_PREFIX_CACHE_FRACTION", "prefix_cache_fraction", _fraction, "a number in (0, 1]", "0.05",

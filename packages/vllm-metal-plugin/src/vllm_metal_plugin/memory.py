@@ -20,6 +20,8 @@ DEFAULT_FRACTION = 0.9
 CPU_FRACTION = 0.5
 CPU_KV_CACHE_BYTES = 4 << 30
 """On a CPU the machine has other uses for its memory; a larger cache has to be asked for."""
+LEAST_BUFFER_CACHE_BYTES = 256 << 20
+"""Freed buffers that MLX may keep for reuse even when a step needs less."""
 PROFILE_ROWS_ON_CPU = 64
 """A CPU takes seconds for a full step; its activations are measured on fewer rows and scaled up."""
 
@@ -27,6 +29,24 @@ PROFILE_ROWS_ON_CPU = 64
 def expanded_weights_limit(target: Target, dtype: mx.Dtype) -> int:
     """Bytes up to which weights are held in float32, where MLX's quantized matmul is slower than its float one."""
     return device.free_memory_bytes() // 4 if target == "cpu" and dtype == mx.float32 else 0
+
+
+def contiguous_shares(left_bytes: int, total_bytes: int, prefix_fraction: float) -> tuple[int, int]:
+    """Divide what weights and one step leave between requests' caches and kept prefixes.
+
+    Of the caches' share half is planned with: arrays grow in steps, are copied when they do, and decode together
+    padded to the longest.
+
+    Args:
+        left_bytes: What weights and one step leave.
+        total_bytes: The device's memory.
+        prefix_fraction: Share of that for prefixes; 0 keeps none.
+
+    Returns:
+        Bytes of tokens that the scheduler may plan with, and of prefixes.
+    """
+    prefixes = min(int(total_bytes * prefix_fraction), max(0, left_bytes) // 2)
+    return (left_bytes - prefixes) // 2, prefixes
 
 
 @dataclass(frozen=True)

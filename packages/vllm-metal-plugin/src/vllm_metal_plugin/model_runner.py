@@ -9,9 +9,8 @@ import mlx.core as mx
 import numpy as np
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from metal_kv import KVCachePool
-from metal_models import PagedModel
 from vllm_metal_plugin.async_output import AsyncStepOutput
+from vllm_metal_plugin.forward_pass import ForwardPass
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.prompt_logprobs import PromptScores, score_prompts
@@ -44,8 +43,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: PagedModel,
-        pool: KVCachePool,
+        forward_pass: ForwardPass,
         batch: InputBatch,
         sampler: Sampler,
         *,
@@ -54,8 +52,7 @@ class ModelRunner:
         debug: bool = False,
     ) -> None:
         """Take the parts; ``block_sizes`` are those of ``build_step_inputs``, ``debug`` logs every step."""
-        self._model = model
-        self._pool = pool
+        self._forward_pass = forward_pass
         self._batch = batch
         self._sampler = sampler
         self._block_sizes = tuple(block_sizes)
@@ -71,6 +68,7 @@ class ModelRunner:
         """
         self._batch.update(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
+            self._forward_pass.begin(scheduler_output)
             return EMPTY_MODEL_RUNNER_OUTPUT
         try:
             self._pending = self._forward(scheduler_output)
@@ -96,21 +94,18 @@ class ModelRunner:
 
     def synchronize(self) -> None:
         """Wait until the device has finished everything dispatched so far."""
-        mx.eval(self._in_flight, self._pool.arrays())
+        mx.eval(self._in_flight, self._forward_pass.arrays())
 
     def _forward(self, scheduler_output: "SchedulerOutput") -> PendingStep:
         start = time.perf_counter()
-        if scheduler_output.new_block_ids_to_zero:
-            self._pool.zero_blocks(scheduler_output.new_block_ids_to_zero)
-        if scheduler_output.kv_cache_block_copies:
-            self._pool.copy_blocks([tuple(copy) for copy in scheduler_output.kv_cache_block_copies])
+        self._forward_pass.begin(scheduler_output)
         inputs = build_step_inputs(self._batch, scheduler_output.num_scheduled_tokens, self._block_sizes)
-        hidden = self._model.forward(inputs.token_ids, inputs.metadata, self._pool)
+        hidden = self._forward_pass.forward(inputs, self._batch)
         logits = None
         if inputs.emits.any():
-            logits = self._model.compute_logits(hidden[mx.array(inputs.logits_indices)])
-        prompts = score_prompts(self._batch, inputs, hidden, self._model.compute_logits)
-        self._dispatch([hidden if logits is None else logits], [*self._pool.arrays(), *prompts.pieces])
+            logits = self._forward_pass.compute_logits(hidden[mx.array(inputs.logits_indices)])
+        prompts = score_prompts(self._batch, inputs, hidden, self._forward_pass.compute_logits)
+        self._dispatch([hidden if logits is None else logits], [*self._forward_pass.arrays(), *prompts.pieces])
         if self._debug:
             logger.info(
                 "Step of %d rows, %d requests, %d emit; longest context %d; %.2f ms to dispatch",

@@ -157,6 +157,23 @@ class MetalPlatform(Platform):  # type: ignore[misc]
             cache.enable_prefix_caching = envs.prefix_cache
         if model is not None:
             _cache_states_with_prefixes(vllm_config)
+        if not envs.use_paged_attention:
+            _leave_prefixes_to_the_worker(vllm_config)
+
+
+def _leave_prefixes_to_the_worker(vllm_config: "VllmConfig") -> None:
+    """Blocks are not where contiguous caches are: the scheduler must not skip a prompt's tokens because of them."""
+    from vllm_metal_plugin.config import CONTIGUOUS_PREFIX_CACHE
+
+    cache = vllm_config.cache_config
+    vllm_config.additional_config = {
+        **(vllm_config.additional_config or {}),
+        CONTIGUOUS_PREFIX_CACHE: bool(cache.enable_prefix_caching),
+    }
+    cache.enable_prefix_caching = False
+    if cache.mamba_cache_mode != "none" and vllm_config.model_config is not None:
+        cache.mamba_cache_mode = "none"
+        cache.mamba_block_size = vllm_config.model_config.max_model_len
 
 
 def _cache_states_with_prefixes(vllm_config: "VllmConfig") -> None:

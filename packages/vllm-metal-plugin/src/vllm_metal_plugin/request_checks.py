@@ -7,6 +7,8 @@ from vllm.exceptions import VLLMClientError
 from vllm_metal_plugin.errors import VllmMetalPluginError
 
 MAX_N = 256
+SALT = "cache_salt"
+"""Key of ``SamplingParams.extra_args`` under which a request's salt travels to the worker, which vLLM sends none."""
 
 
 class UnsupportedRequestError(VllmMetalPluginError, VLLMClientError, ValueError):  # type: ignore[misc]
@@ -29,6 +31,7 @@ def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = N
     Raises:
         UnsupportedRequestError: Names the parameter; vLLM answers HTTP 400 with the text.
     """
+    from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
 
     kind = processed_inputs.get("type", "enc_dec") if isinstance(processed_inputs, dict) else "unknown"
@@ -37,6 +40,7 @@ def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = N
     if not isinstance(params, SamplingParams):
         _refuse("sampling parameters", type(params).__name__, "This server generates text; it does not pool.")
     _check_sampling(params)
+    _pass_salt_on(params, processed_inputs.get("cache_salt"))
     token_ids = processed_inputs["prompt_token_ids"]
     if token_ids and vocab_size is not None and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
         _refuse(
@@ -44,6 +48,13 @@ def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = N
             f"ids from {min(token_ids)} to {max(token_ids)}",
             "Tokenise with this model's tokenizer.",
         )
+
+
+def _pass_salt_on(params: Any, cache_salt: str | None) -> None:
+    """Set or remove the salt; parameters may have been used before, with another prompt."""
+    others = {name: value for name, value in (params.extra_args or {}).items() if name != SALT}
+    if cache_salt or len(others) < len(params.extra_args or {}):
+        params.extra_args = {**others, SALT: cache_salt} if cache_salt else others or None
 
 
 def _check_sampling(params: Any) -> None:
@@ -56,7 +67,7 @@ def _check_sampling(params: Any) -> None:
     if params.thinking_token_budget is not None:
         _refuse("no thinking_token_budget", str(params.thinking_token_budget), "Use max_tokens.")
     if params.extra_args:
-        unknown = sorted(set(params.extra_args) - {"kv_transfer_params"})
+        unknown = sorted(set(params.extra_args) - {"kv_transfer_params", SALT})
         if unknown:
             _refuse("no extra arguments (vllm_xargs)", ", ".join(unknown), "Drop them: nothing here reads them.")
         if params.extra_args.get("kv_transfer_params"):

@@ -1,9 +1,11 @@
 """The life of one engine worker: device, model, cache, steps."""
 
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
@@ -12,13 +14,18 @@ from metal_kv import (
     CacheGroup,
     KVCachePool,
     MemoryBudget,
+    PrefixTree,
+    SpecError,
     bytes_per_block,
     max_blocks_per_request,
     quantize_specs,
 )
+from metal_models.contiguous import ContiguousModel, needs_state
 from vllm_metal_plugin import kv_cache, memory
+from vllm_metal_plugin.cache_formats import VLLM_NAMES, CacheFormats
 from vllm_metal_plugin.config import MetalConfig
 from vllm_metal_plugin.device import device_name, select_device
+from vllm_metal_plugin.forward_pass import ContiguousForward, ForwardPass, PagedForward
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.model_runner import ModelRunner
@@ -38,6 +45,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         """Choose the MLX device."""
         self.config = MetalConfig.from_vllm(self.vllm_config)
         self.target = select_device(self.config.envs)
+        mx.set_cache_limit(memory.LEAST_BUFFER_CACHE_BYTES)
         logger.info("MLX %s on %s (%s)", version("mlx"), device_name(self.target), self.target)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -75,9 +83,10 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         Raises:
             NotEnoughMemoryError: It does not hold one request; the text says what would help.
         """
+        limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self.model.nbytes)
+        self.prefix_bytes = int(limit.total_bytes * self._prefix_fraction())
         if self.cache_config.kv_cache_memory_bytes:
             return int(self.cache_config.kv_cache_memory_bytes)
-        limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self.model.nbytes)
         overhead = memory.measure_step_bytes(
             self.model,
             self.specs,
@@ -85,6 +94,8 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             num_reqs=self.config.max_num_reqs,
             target=self.target,
         )
+        # Buffers that a step frees are the next one's: MLX need not keep more of them than one step has.
+        mx.set_cache_limit(max(memory.LEAST_BUFFER_CACHE_BYTES, overhead))
         groups = kv_cache.planned_groups(self.vllm_config, self.specs)
         budget = MemoryBudget.plan(
             limit.total_bytes,
@@ -96,8 +107,22 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             kv_budget_limit=limit.kv_cache_cap_bytes,
         )
         logger.info("%s", budget)
+        if not self.config.envs.use_paged_attention:
+            share, self.prefix_bytes = memory.contiguous_shares(
+                budget.kv_budget, limit.total_bytes, self._prefix_fraction()
+            )
+            logger.info(
+                "Contiguous path: %.2f GB of that for requests' tokens, as much for growth and padding, %.2f GB for "
+                "prefixes",
+                share / 1e9,
+                self.prefix_bytes / 1e9,
+            )
+            budget = replace(budget, kv_budget=share)
         self._require(budget, groups)
         return budget.kv_budget
+
+    def _prefix_fraction(self) -> float:
+        return self.config.envs.prefix_cache_fraction if self.config.keep_prefixes else 0.0
 
     def _require(self, budget: MemoryBudget, groups: list[CacheGroup]) -> None:
         """Refuse a budget without room for one request of full length, unless vLLM chooses that length."""
@@ -108,14 +133,27 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         budget.require(
             None if chosen_later else self.model_config.max_model_len,
             lambda num_tokens: max_blocks_per_request(groups, num_tokens, in_flight),
+            other_formats=self._other_formats(),
         )
+
+    def _other_formats(self) -> dict[str, int]:
+        """What else the user could set for the cache's format, and the bytes of a block then."""
+        if self.config.cache_formats != CacheFormats() or not self.config.envs.use_paged_attention:
+            return {}
+        settings = {}
+        for name in ("fp8", "int8_per_token_head", "int4_per_token_head"):
+            try:
+                specs = quantize_specs(self.specs, VLLM_NAMES[name], VLLM_NAMES[name])
+                block_bytes = bytes_per_block(kv_cache.planned_groups(self.vllm_config, specs))
+            except SpecError:  # latents, odd head sizes, pages that states share
+                continue
+            settings[f"--kv-cache-dtype {name}"] = block_bytes
+        return settings
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the cache that vLLM planned and put the runner together."""
-        layout = kv_cache.to_layout(kv_cache_config, self.specs)
         groups = kv_cache.to_groups(kv_cache_config, self.specs)
         kv_cache.log_block_translation(groups)
-        pool = KVCachePool(layout)
         vocab_size = self.model.vocab_size
         mode = self.config.logprobs_mode
         batch = InputBatch(
@@ -126,8 +164,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(num_prompt_tokens, k, vocab_size, mode),
         )
         self.runner = ModelRunner(
-            self.model,
-            pool,
+            self._forward_pass(kv_cache_config),
             batch,
             Sampler(vocab_size, mode),
             block_sizes=[
@@ -136,6 +173,14 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             wait_before_dispatch=self.target == "cpu",
             debug=self.config.envs.debug,
         )
+
+    def _forward_pass(self, kv_cache_config: "KVCacheConfig") -> ForwardPass:
+        if self.config.envs.use_paged_attention:
+            return PagedForward(self.model, KVCachePool(kv_cache.to_layout(kv_cache_config, self.specs)))
+        tree: PrefixTree[Any] | None = None
+        if self.prefix_bytes:
+            tree = PrefixTree(self.prefix_bytes, needs_state=needs_state(self.model))
+        return ContiguousForward(ContiguousModel(self.model, tree))
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """Take the length that fits, which vLLM finds for ``--max-model-len auto``."""

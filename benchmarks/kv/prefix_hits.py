@@ -1,0 +1,110 @@
+"""What prefix caching gains and costs in vLLM's engine on this machine: time to first token, as ratios of one run.
+
+    python benchmarks/kv/prefix_hits.py [--model DIRECTORY] [--prefix 4096] [--requests 4] [--path paged|contiguous]
+
+Three kinds of prompts to one engine with the cache on: ones that share a long beginning which is cached, and ones that
+share nothing; and the latter again to an engine with the cache off. Engines take turns, request by request, and the
+first token of a shared prompt is compared with that of the engine that cached nothing. Without --model it is a random
+llama of the size of a 135M one. Times are processor time, all threads together: other load hardly changes it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 4096,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5, "tie_word_embeddings": True,
+    "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def random_model(directory: Path) -> Path:
+    """Write a llama with random weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    mx.set_default_device(mx.cpu)
+    model = Model(ModelArgs.from_dict(CONFIG))
+    weights = {
+        name: 0.05 * mx.random.normal(a.shape) if a.ndim > 1 else a for name, a in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+def first_token(llm, prompt: list[int]) -> tuple[float, int]:
+    """Return the processor time to the first token, in seconds, and the token."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    start = time.process_time()
+    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return time.process_time() - start, output.outputs[0].token_ids[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--prefix", type=int, default=4096)
+    parser.add_argument("--suffix", type=int, default=16)
+    parser.add_argument("--unshared", type=int, default=512)
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--path", choices=("paged", "contiguous"), default="paged")
+    args = parser.parse_args()
+    os.environ["VLLM_METAL_USE_PAGED_ATTENTION"] = str(int(args.path == "paged"))
+    import numpy as np
+    from vllm import LLM
+
+    model = args.model or random_model(Path(tempfile.mkdtemp()))
+    options = {"max_model_len": args.prefix + 256, "max_num_seqs": 4, "max_num_batched_tokens": 2048}
+    if args.model is None:
+        options["skip_tokenizer_init"] = True
+    on, off = (
+        LLM(model=str(model), kv_cache_memory_bytes=1 << 30, enable_prefix_caching=caching, **options)
+        for caching in (True, False)
+    )
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> list[int]:
+        return rng.integers(3, 4000, count).tolist()
+
+    shared = tokens(args.prefix)
+    for llm in (on, off):
+        first_token(llm, tokens(64))
+    first_token(on, shared + tokens(args.suffix))
+    hits, misses = [], []
+    for _ in range(args.requests):
+        prompt = shared + tokens(args.suffix)
+        hit, token = first_token(on, prompt)
+        miss, expected = first_token(off, prompt)
+        assert token == expected, "the cached prefix changed the answer"
+        hits.append(hit)
+        misses.append(miss)
+    with_cache, without = [], []
+    for turn in range(4 * args.requests):
+        prompt = tokens(args.unshared)
+        order = ((on, with_cache), (off, without)) if turn % 2 else ((off, without), (on, with_cache))
+        for llm, times in order:
+            times.append(first_token(llm, prompt)[0])
+    medians = statistics.median(with_cache) / statistics.median(without)
+    print(
+        f"{args.path}: first token of {args.prefix} shared + {args.suffix} tokens {min(misses) / min(hits):.1f} x "
+        f"sooner ({min(misses):.3f} s -> {min(hits):.3f} s); unshared prompts of {args.unshared} tokens take "
+        f"{min(with_cache) / min(without):.3f} x (medians {medians:.3f}) "
+        "of the time without the cache"
+    )
+
+
+if __name__ == "__main__":
+    main()
