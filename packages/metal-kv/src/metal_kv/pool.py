@@ -24,6 +24,7 @@ from metal_kv.recurrent_state import movable_pages, read_states, write_states
 from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec
 
 _Result = TypeVar("_Result")
+_BLOCKS_AT_ONCE = 256
 
 
 def _view(array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -365,9 +366,12 @@ class KVCachePool:
         return [array for slab in self._slabs for array in slab.pending()]
 
     def reset(self) -> None:
-        """Set all pages of all slabs to zero; evaluated, one slab after the other, before it returns."""
+        """Set all pages of all slabs to zero; evaluated before it returns."""
+        if target() != "cpu":  # in place: others may hold the arrays
+            for first in range(1, self.layout.num_blocks, _BLOCKS_AT_ONCE):
+                self.zero_blocks(range(first, min(first + _BLOCKS_AT_ONCE, self.layout.num_blocks)))
+            return
         mx.eval(self.arrays())
-        mx.synchronize()  # a step in flight may still write in place
         for slab in self._slabs:
             slab.clear()
 
