@@ -20,7 +20,7 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
 from metal_kv.key_value_pages import attend_rows, write_rows
 from metal_kv.layout import CacheLayout, LayerPlace
-from metal_kv.recurrent_state import movable_pages, read_states, write_states
+from metal_kv.recurrent_state import copy_pages, movable_pages, write_states
 from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec
 
 _Result = TypeVar("_Result")
@@ -66,6 +66,11 @@ class _Slab:
         """Remember that ``output`` reads the array, by a scalar with a buffer of its own."""
         if self._shared and output.size:
             self._reads.append(output[0, 0].astype(mx.float32).sum())
+
+    def note_copy(self, rows: mx.array) -> None:
+        """Remember that ``rows`` are copied from the array, which is rewritten in the same step."""
+        if target() == "cpu":
+            self._reads.append(rows)
 
     def pending(self) -> list[mx.array]:
         """Arrays to evaluate so that everything built so far on this slab is done."""
@@ -254,7 +259,9 @@ class LayerCache:
         """Return the states in some blocks: for each array of a state, ``[states, *shape]``."""
         spec = self._state_spec("read_states")
         pages = self._slab.view(*movable_pages(self._shape[0], spec.page_size_bytes))
-        return read_states(pages, block_ids, spec, self._slab.state_token)
+        rows = copy_pages(pages, block_ids, self._slab.state_token)
+        self._slab.note_copy(rows)
+        return spec.unpack(rows.reshape(len(block_ids), -1).view(spec.page_dtype))
 
     def write_states(self, states: Sequence[mx.array], block_ids: Int32[np.ndarray, "states"]) -> None:
         """Replace the states in some blocks; a later step reads them.

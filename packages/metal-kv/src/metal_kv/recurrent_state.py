@@ -70,23 +70,14 @@ def movable_pages(num_blocks: int, page_size: int) -> tuple[tuple[int, ...], mx.
     return (num_blocks, 2, 1, 1, page_size // (2 * dtype.size)), dtype
 
 
-def read_states(
+def copy_pages(
     pages: Float[mx.array, "blocks 2 1 1 words"],
-    block_ids: Int32[np.ndarray, "states"],
-    spec: RecurrentStateSpec,
+    block_ids: Int32[np.ndarray, "copies"],
     order_token: mx.array | None,
-) -> tuple[mx.array, ...]:
-    """Return the states in some blocks, ``[states, *shape]`` for each array of a state.
-
-    Args:
-        pages: A layer's pages, as ``movable_pages`` says.
-        block_ids: The blocks.
-        spec: What a page holds.
-        order_token: Of the last write.
-    """
+) -> Float[mx.array, "copies 2 1 1 words"]:
+    """Return copies of some blocks of a layer's pages, read after ``order_token``."""
     ids = mx.array(block_ids)
-    rows = kernels.gather_blocks(pages, ids, order_token) if kernels.move_pages(pages) else pages[ids]
-    return spec.unpack(rows.reshape(ids.size, -1).view(spec.page_dtype))
+    return kernels.gather_blocks(pages, ids, order_token) if kernels.move_pages(pages) else pages[ids]
 
 
 def write_states(
