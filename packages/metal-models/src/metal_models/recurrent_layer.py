@@ -39,7 +39,7 @@ class RecurrentLayer(Layer):
         return StateView(step, pool.layer(f"{name}.state"), len(self.shapes))
 
 
-class NotingStates(ArraysCache):  # type: ignore[misc]
+class NotingStates(ArraysCache):
     """mlx-lm's own cache, which notes who uses it.
 
     Rows of the traced step are sequences of one token, so the arrays that the model leaves are the states of as
@@ -58,12 +58,12 @@ class NotingStates(ArraysCache):  # type: ignore[misc]
     def __getitem__(self, index: int) -> Any:
         """Return one array of the states."""
         self._users.append(self._calls.that_take(self))
-        return super().__getitem__(index)
+        return self.cache[index]
 
     def __setitem__(self, index: int, value: Any) -> None:
         """Replace one array of the states."""
         self._users.append(self._calls.that_take(self))
-        super().__setitem__(index, value)
+        self.cache[index] = value
 
     def note(self) -> Layer:
         """Return what was seen.
@@ -71,7 +71,7 @@ class NotingStates(ArraysCache):  # type: ignore[misc]
         Raises:
             TypeError: No one module does all that is done with the state.
         """
-        arrays = self.cache
+        arrays: list[Any] = self.cache
         if not any(isinstance(array, mx.array) for array in arrays):
             return UnusedLayer(None)
         if not all(isinstance(array, mx.array) for array in arrays):

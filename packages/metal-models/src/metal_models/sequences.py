@@ -90,7 +90,7 @@ class StateView:
         runs = sequence_runs(metadata.batch)
         outputs, states = [], []
         for run in runs:
-            arrays = ArraysCache(self._size)
+            arrays: Any = ArraysCache(self._size)
             if not run.fresh:
                 arrays.cache = list(self._layer.read_states(blocks.before[run.requests]))
             cut = _Cut(self._step.positions, self, arrays, run)

@@ -14,6 +14,9 @@ __all__ = ["Model", "ModelArgs"]
 class TokenBefore(nn.Module):
     """Gives every token the keys and values of the one before it; the first gets zeros."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __call__(self, keys: mx.array, values: mx.array, cache: Any = None) -> tuple[mx.array, mx.array]:
         """Shift ``[batch, length, heads, head_size]`` by one token; the last one goes to the cache."""
         rows = (keys, values)
@@ -27,7 +30,7 @@ class TokenBefore(nn.Module):
         return before[0], before[1]
 
 
-class Attention(baichuan_m1.Attention):  # type: ignore[misc]
+class Attention(baichuan_m1.Attention):
     """Baichuan M1's attention with the shift in a module of its own."""
 
     def __init__(self, config: ModelArgs, layer_idx: int) -> None:
@@ -60,7 +63,7 @@ def _mix(before: mx.array, rows: mx.array, weights: mx.array) -> mx.array:
     return before * weights[0, :, :, :, 0] + rows * weights[0, :, :, :, 1]
 
 
-class Model(baichuan_m1.Model):  # type: ignore[misc]
+class Model(baichuan_m1.Model):
     """mlx-lm's Baichuan M1 with the attention above; parameters have the same names."""
 
     def __init__(self, args: ModelArgs) -> None:

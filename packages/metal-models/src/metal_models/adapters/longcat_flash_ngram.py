@@ -9,7 +9,7 @@ from mlx_lm.models.longcat_flash_ngram import ModelArgs
 __all__ = ["Model", "ModelArgs"]
 
 
-class NgramEmbedding(longcat_flash_ngram.NgramEmbedding):  # type: ignore[misc]
+class NgramEmbedding(longcat_flash_ngram.NgramEmbedding):
     """The embedding whose text is preceded by zeros, which is what its shifts fill up with."""
 
     def __call__(self, input_ids: mx.array, cache: Any = None) -> mx.array:
@@ -20,7 +20,7 @@ class NgramEmbedding(longcat_flash_ngram.NgramEmbedding):  # type: ignore[misc]
         return rows
 
 
-class Model(longcat_flash_ngram.Model):  # type: ignore[misc]
+class Model(longcat_flash_ngram.Model):
     """mlx-lm's model with the embedding above; parameters have the same names."""
 
     def __init__(self, args: ModelArgs) -> None:

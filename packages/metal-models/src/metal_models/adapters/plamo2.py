@@ -10,7 +10,7 @@ from mlx_lm.models.plamo2 import ModelArgs
 __all__ = ["Model", "ModelArgs"]
 
 
-class Attention(plamo2.Attention):  # type: ignore[misc]
+class Attention(plamo2.Attention):
     """PLaMo 2's attention through mlx-lm's shared function."""
 
     def __call__(self, hidden_states: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
@@ -31,7 +31,7 @@ class Attention(plamo2.Attention):  # type: ignore[misc]
         return output
 
 
-class Model(plamo2.Model):  # type: ignore[misc]
+class Model(plamo2.Model):
     """mlx-lm's PLaMo 2 with the attention above; parameters have the same names."""
 
     def __init__(self, args: ModelArgs) -> None:
