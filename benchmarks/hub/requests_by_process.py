@@ -90,7 +90,7 @@ def launch(row: Row, scratch: Path) -> None:
     flags = [*FLAGS, *row.flags, "--host", "127.0.0.1", "--port", str(port)]
     command = [*vllm_command(), "serve", row.model, *flags]
     with ServerProcess(command, port, scratch / f"{row.name}.log", os.environ) as server:
-        server.wait_ready(600.0, lambda stage: None)
+        server.wait_ready(1800.0, lambda stage: None)
         body = json.dumps({"model": row.model, "prompt": "Hello", "max_tokens": 4}).encode()
         question = urllib.request.Request(server.base_url + "/completions", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(question, timeout=120) as answer:
