@@ -62,11 +62,6 @@ def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     model = config.model_config
     if model is None:
         return
-    if model.runner_type != "generate":
-        yield (
-            f"expected a model that generates text, got --runner {model.runner_type}. "
-            "Pooling models are not supported in this version."
-        )
     if model.is_encoder_decoder:
         yield (f"expected a decoder-only model, got {model.architecture}. Encoder-decoder models are not supported.")
     if model.logits_processors:
@@ -76,6 +71,29 @@ def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         )
     if model.enable_prompt_embeds:
         yield "expected no --enable-prompt-embeds. Prompts are token ids in this version; drop the option."
+
+
+def _pooling(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
+    model = config.model_config
+    if model is None or model.runner_type != "pooling":
+        return
+    if not envs.use_paged_attention:
+        yield "expected VLLM_METAL_USE_PAGED_ATTENTION=1 with --runner pooling, got 0. Unset it."
+    if model.convert_type not in ("embed", "classify"):
+        yield (
+            f"expected an architecture that vLLM makes a pooling model of, got {model.architecture}, which is one "
+            "with code of its own. Use a model whose decoder generates text, such as Qwen3-Embedding."
+        )
+    if model.attn_type == "encoder_only":
+        yield (
+            f"expected a model whose tokens see the ones before them, got {model.architecture}, whose tokens see all. "
+            "Bidirectional attention is not supported in this version."
+        )
+    pooling = model.pooler_config.seq_pooling_type
+    if config.scheduler_config.enable_chunked_prefill and not model.is_chunked_prefill_supported:
+        yield f"expected no --enable-chunked-prefill with {pooling} pooling, which takes a prompt whole. Drop it."
+    if config.cache_config.enable_prefix_caching and not model.is_prefix_caching_supported:
+        yield f"expected no --enable-prefix-caching with {pooling} pooling, which takes a prompt whole. Drop it."
 
 
 def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -89,5 +107,6 @@ CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _parallel,
     _features,
     _model,
+    _pooling,
     _loading,
 )

@@ -1,18 +1,20 @@
 """The only per-request state: one dense row for each request that the engine is running."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Int32
+from vllm.sampling_params import SamplingParams
+from vllm.v1.pool.metadata import PoolingStates
 
 from metal_kv import BlockTable
 from vllm_metal_plugin.sampling import PromptLogprobs, SamplingState
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
+    from vllm.pooling_params import PoolingParams
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
 
@@ -22,13 +24,16 @@ class RequestState:
 
     ``token_ids`` are the tokens that the host knows: the prompt, and after a preemption the outputs so far.
     ``prompt_logprobs`` collects what the request asked about its prompt until that has been delivered.
+    A request to be pooled has ``pooling_params``, and sampling parameters that nobody reads.
     """
 
     req_id: str
-    sampling_params: "SamplingParams"
+    sampling_params: SamplingParams
     token_ids: Int32[np.ndarray, "tokens"]
     num_prompt_tokens: int
     prompt_logprobs: PromptLogprobs | None = None
+    pooling_params: "PoolingParams | None" = None
+    pooling_states: PoolingStates = field(default_factory=PoolingStates)
 
 
 class InputBatch:
@@ -110,7 +115,8 @@ class InputBatch:
         tokens = new.prefill_token_ids or new.prompt_token_ids or []
         request = RequestState(
             req_id=new.req_id,
-            sampling_params=new.sampling_params,
+            sampling_params=new.sampling_params or SamplingParams(),
+            pooling_params=new.pooling_params,
             token_ids=np.asarray(tokens, np.int32),
             num_prompt_tokens=len(new.prompt_token_ids or []),
         )
@@ -135,6 +141,7 @@ class InputBatch:
         if request is None:
             raise KeyError(f"[input batch] expected a preempted request, got {req_id}. Report this bug.")
         request.token_ids = np.asarray(cached.all_token_ids[req_id], np.int32)
+        request.pooling_states.clean()
         if request.prompt_logprobs is not None:
             self._collect_prompt_logprobs(request)
         self._add(request, cached.new_block_ids[i], cached.num_computed_tokens[i])

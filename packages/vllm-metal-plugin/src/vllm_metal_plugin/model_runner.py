@@ -92,6 +92,11 @@ class ModelRunner:
             logger.exception("Sampling failed; %d requests end with an error", len(pending.inputs.req_ids))
             return FailedStepOutput.for_requests(pending.inputs.req_ids)
 
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """Which of vLLM's tasks this does."""
+        return ("generate",)
+
     def synchronize(self) -> None:
         """Wait until the device has finished everything dispatched so far."""
         mx.eval(self._in_flight, self._forward_pass.arrays())

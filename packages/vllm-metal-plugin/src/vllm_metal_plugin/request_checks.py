@@ -37,10 +37,11 @@ def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = N
     kind = processed_inputs.get("type", "enc_dec") if isinstance(processed_inputs, dict) else "unknown"
     if kind != "token":
         _refuse("a text or token prompt", f"a prompt of type {kind!r}", "Send text or token ids.")
-    if not isinstance(params, SamplingParams):
-        _refuse("sampling parameters", type(params).__name__, "This server generates text; it does not pool.")
-    _check_sampling(params)
-    _pass_salt_on(params, processed_inputs.get("cache_salt"))
+    if isinstance(params, SamplingParams):
+        _check_sampling(params)
+        _pass_salt_on(params, processed_inputs.get("cache_salt"))
+    elif not isinstance(params, PoolingParams):
+        _refuse("sampling or pooling parameters", type(params).__name__, "Send one of the two.")
     token_ids = processed_inputs["prompt_token_ids"]
     if token_ids and vocab_size is not None and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
         _refuse(

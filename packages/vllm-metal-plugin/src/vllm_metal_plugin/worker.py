@@ -29,6 +29,8 @@ from vllm_metal_plugin.forward_pass import ContiguousForward, ForwardPass, Paged
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.model_runner import ModelRunner
+from vllm_metal_plugin.pooler import build_pooler
+from vllm_metal_plugin.pooling_runner import PoolingRunner
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         start = time.perf_counter()
         dtype = kv_cache.to_mlx_dtype(self.model_config.dtype)
         expand_to_bytes = memory.expanded_weights_limit(self.target, dtype)
-        self.model = metal_models.load(self.model_config.model, dtype=dtype, expand_to_bytes=expand_to_bytes)
+        self.pools = self.model_config.runner_type == "pooling"
+        self.model = metal_models.load(
+            self.model_config.model, dtype=dtype, expand_to_bytes=expand_to_bytes, pooling=self.pools
+        )
         logger.info(
             "Loaded %s: %.2f GB in %.1f s",
             self.model_config.model,
@@ -163,13 +168,21 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             sampling=SamplingState(self.config.max_num_reqs, vocab_size, seed=self.model_config.seed),
             new_prompt_logprobs=lambda num_prompt_tokens, k: PromptLogprobs(num_prompt_tokens, k, vocab_size, mode),
         )
+        block_sizes = [
+            group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
+        ]
+        forward_pass = self._forward_pass(kv_cache_config)
+        if self.pools:
+            pooler = build_pooler(self.vllm_config, self.model)
+            self.runner: ModelRunner | PoolingRunner = PoolingRunner(
+                forward_pass, batch, pooler, block_sizes=block_sizes
+            )
+            return
         self.runner = ModelRunner(
-            self._forward_pass(kv_cache_config),
+            forward_pass,
             batch,
             Sampler(vocab_size, mode),
-            block_sizes=[
-                group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
-            ],
+            block_sizes=block_sizes,
             wait_before_dispatch=self.target == "cpu",
             debug=self.config.envs.debug,
         )
@@ -194,7 +207,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         """Which routes the server opens."""
-        return ("generate",)
+        return self.runner.supported_tasks
 
     def execute_model(self, scheduler_output: "SchedulerOutput") -> ModelRunnerOutput | None:
         """Start a step; see ``ModelRunner.execute_model``."""
