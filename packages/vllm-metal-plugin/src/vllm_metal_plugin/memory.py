@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, KVCacheSpec
+from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, KVCacheSpec, RecurrentStateSpec
 from metal_models import PagedModel
 from vllm_metal_plugin import device
 from vllm_metal_plugin.device import Target
@@ -100,10 +100,12 @@ def measure_step_bytes(
 
 
 def _profile_cache(specs: Mapping[str, KVCacheSpec], num_tokens: int) -> tuple[KVCachePool, list[AttentionMetadata]]:
-    """A cache just large enough for one request of ``num_tokens``, each layer kind in its own group."""
-    kinds = list(dict.fromkeys(specs.values()))
-    groups = [CacheGroup(tuple(name for name, spec in specs.items() if spec == kind), kind) for kind in kinds]
-    counts = [-(-num_tokens // kind.block_size) for kind in kinds]
+    """A cache just large enough for one request of ``num_tokens``; layers share a group where blocks allow it."""
+    kinds: dict[tuple[int, bool], dict[str, KVCacheSpec]] = {}
+    for name, spec in specs.items():
+        kinds.setdefault((spec.block_size, isinstance(spec, RecurrentStateSpec)), {})[name] = spec
+    groups = [CacheGroup(tuple(layers), tuple(layers.values())) for layers in kinds.values()]
+    counts = [-(-num_tokens // group.block_size) for group in groups]
     pool = KVCachePool(CacheLayout.from_groups(groups, 1 + sum(counts)))
     firsts = np.cumsum([1, *counts[:-1]])
     starts = np.array([0, num_tokens], np.int32)
@@ -112,8 +114,9 @@ def _profile_cache(specs: Mapping[str, KVCacheSpec], num_tokens: int) -> tuple[K
             starts,
             starts[1:],
             np.arange(first, first + count, dtype=np.int32)[None],
-            kind.block_size,
+            group.block_size,
+            keeps_rows=group.keeps_rows,
         )
-        for kind, first, count in zip(kinds, firsts, counts, strict=True)
+        for group, first, count in zip(groups, firsts, counts, strict=True)
     ]
     return pool, metadata
