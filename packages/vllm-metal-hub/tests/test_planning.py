@@ -48,3 +48,31 @@ def test_a_gguf_file_here_is_planned_from_what_it_carries(capsys):
     assert main(["plan", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["weight_bytes"], found["trained_context"]) == (path.stat().st_size, 8192)
+
+
+QWEN = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24,
+    "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+    "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "rope_theta": 1e6, "quantization": {"group_size": 64, "bits": 4},
+}  # fmt: skip
+
+
+def test_a_small_model_on_a_mac_of_36_gb(hub, capsys):
+    """About two million tokens, twice as many in eight bits; the line is the server's."""
+    weights = safetensors("a", 278_000)
+    hub.add("org/qwen", {"config.json": json.dumps(QWEN).encode(), "model.safetensors": weights})
+    assert main(["plan", "hf://org/qwen", "--memory", "36GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_cache_tokens"] == pytest.approx(2.0e6, rel=0.05)
+    auto, fp8, _, four = found["options"]
+    assert fp8["tokens"] == pytest.approx(1.88 * auto["tokens"], rel=0.02)
+    assert four["tokens"] == pytest.approx(3.2 * auto["tokens"], rel=0.02)
+    assert auto["concurrency"] == (found["kv_cache_tokens"] // 16 - 1) // 2048
+    assert found["breakdown"].startswith("Paged attention memory breakdown: metal_limit=28.99GB, fraction=0.90")
+    assert main(["plan", "hf://org/qwen", "--memory", "36", "--max-model-len", "8192"]) == 0
+    shown = capsys.readouterr().out
+    assert "vllm-metal serve hf://org/qwen --max-model-len 8192" in shown
+    assert "int4_per_token_head" in shown
+    with pytest.raises(SystemExit):
+        main(["plan", "hf://org/qwen", "--memory", "much"])

@@ -130,6 +130,9 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
 
     plan = _model_command(commands, "plan", planning.plan, "what a model would take, before its weights are fetched")
     _add_json(plan)
+    plan.add_argument("--memory", type=_memory, metavar="36GB", help="plan for another Mac, with so much memory")
+    plan.add_argument("--max-model-len", type=int, metavar="TOKENS", help="length of a request")
+    plan.add_argument("--gpu-memory-utilization", type=float, metavar="FRACTION", help="share of it for the server")
 
     serve = _model_command(commands, "serve", serving.serve, "vllm serve with the flags that suit the model")
     serve.add_argument("--explain", action="store_true", help="say why each flag is there")
@@ -142,6 +145,18 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_source(execute)
     execute.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
     execute.set_defaults(command=run.execute, revision=None, update=False)
+
+
+def _memory(text: str) -> int:
+    """36GB or 36: a Mac's memory, which is sold in powers of two."""
+    number = text.upper().removesuffix("B").removesuffix("I").removesuffix("G").strip()
+    try:
+        size = float(number)
+    except ValueError:
+        size = 0.0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 36GB, got {text!r}")
+    return int(size * (1 << 30))
 
 
 def _model_command(

@@ -4,9 +4,10 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,14 +22,50 @@ from vllm_metal_hub.settings import HubSettings
 from vllm_metal_hub.sizes import bytes_text
 from vllm_metal_hub.snapshot import LocalSnapshot
 
+if TYPE_CHECKING:
+    from metal_kv import MemoryBudget
+
 BLOCK_SIZE = 16
 STEP_BYTES = 1_000_000_000
 """Assumed for one step's activations; the server measures it when it starts."""
 
 
+CACHE_DTYPES = ("auto", "fp8", "int8_per_token_head", "int4_per_token_head")
+STEP_TOKENS = 2 * 2048
+"""Tokens in flight: two steps of vLLM's default size."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to plan for.
+
+    Attributes:
+        memory_bytes: Memory of another Mac; None for this machine.
+        fraction: Share of it that the server is given; None for what it takes by itself.
+        max_model_len: Length of a request; None for what the model was made for.
+    """
+
+    memory_bytes: int | None = None
+    fraction: float | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True)
+class CacheOption:
+    """What fits with one ``--kv-cache-dtype``: tokens in all, the longest request, and how many of that length."""
+
+    cache_dtype: str
+    tokens: int
+    context: int
+    concurrency: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Figures in bytes and tokens; ``context`` is the longest single request, at most what the model was made for."""
+    """Figures in bytes and tokens; ``context`` is the longest single request, at most what the model was made for.
+
+    ``options`` are the same with other formats of the cache; ``breakdown`` is the line that the server prints.
+    """
 
     model: str
     fetch_bytes: int
@@ -39,6 +76,8 @@ class Plan:
     kv_cache_tokens: int
     context: int
     trained_context: int
+    options: tuple[CacheOption, ...] = ()
+    breakdown: str = ""
 
     @property
     def fits(self) -> bool:
@@ -49,12 +88,16 @@ class Plan:
 def plan(options: argparse.Namespace) -> int:
     """Show the plan; exit code 1 when the model does not fit."""
     console = Console(highlight=False)
+    machine = Machine(options.memory, options.gpu_memory_utilization, options.max_model_len)
     with PullDisplay(Console(stderr=True, highlight=False), options.ref) as display:
-        found = make_plan(options.ref, options.revision, on_event=display)
+        found = make_plan(options.ref, options.revision, on_event=display, machine=machine)
     if options.json:
         print(json.dumps(as_json(found), indent=2))
     else:
         console.print(table(found))
+        console.print(options_table(found))
+        console.print(found.breakdown, style="dim", soft_wrap=True)
+        console.print(f"vllm-metal serve {command_line(options.ref, found, machine)}", soft_wrap=True)
     if not found.fits:
         raise HubError(no_room(found))
     return 0
@@ -81,10 +124,12 @@ def make_plan(
     name: str | None = None,
     fraction: float | None = None,
     on_event: OnEvent = silent,
+    machine: Machine | None = None,
 ) -> Plan:
     """Read the configuration, fetched alone if it has to be, and divide this machine's memory.
 
     ``fraction`` of the memory is the server's; None is what it takes by itself. ``name`` is what the plan calls it.
+    ``machine`` says more of what to plan for.
 
     Raises:
         UsageError: a GGUF reference that is not on this machine: its configuration is inside the file.
@@ -96,7 +141,8 @@ def make_plan(
     if config_path is None:
         raise UsageError(f"[plan] expected a model with a config.json, got {text}. Pull it first: vllm-metal pull.")
     weights, fetch = _weight_bytes(text, revision, small, on_event)
-    return _divide(name or parse(text).label, json.loads(config_path.read_text()), weights, fetch, settings, fraction)
+    return _divide(name or parse(text).label, json.loads(config_path.read_text()), weights, fetch, settings,
+                   machine or Machine(fraction=fraction))  # fmt: skip
 
 
 def _configuration(path: Path) -> Path | None:
@@ -126,33 +172,79 @@ def _weight_bytes(text: str, revision: str | None, small: LocalSnapshot, on_even
 
 
 def _divide(
-    name: str, config: dict[str, Any], weights: int, fetch: int, settings: HubSettings, fraction: float | None
+    name: str, config: dict[str, Any], weights: int, fetch: int, settings: HubSettings, machine: Machine
 ) -> Plan:
-    from metal_kv.budget import MemoryBudget
-    from metal_models import MetalModelsError, PagedModel
-    from metal_models.registry import build
-    from vllm_metal_plugin import device, memory
-    from vllm_metal_plugin.envs import read_envs
-
-    try:
-        specs = PagedModel(build(config), config).kv_cache_specs(BLOCK_SIZE)
-    except MetalModelsError as error:
-        raise HubError(str(error)) from error
-    envs = read_envs()
-    target = device.select_device(envs)
-    on_cpu = target == "cpu"
-    budget = MemoryBudget.plan(
-        device.free_memory_bytes() if on_cpu else device.total_memory_bytes(target),
-        envs.memory_fraction or fraction or (memory.CPU_FRACTION if on_cpu else memory.DEFAULT_FRACTION),
-        model_memory=weights, overhead=STEP_BYTES, block_size=BLOCK_SIZE,
-        per_block_bytes=sum(spec.page_size_bytes for spec in specs.values()),
-        kv_budget_limit=memory.CPU_KV_CACHE_BYTES if on_cpu and (envs.memory_fraction or fraction) is None else None,
-    )  # fmt: skip
+    budgets = {cache: _budget(config, weights, cache, machine) for cache in CACHE_DTYPES}
     trained = int(config.get("max_position_embeddings") or 0)
+    options = tuple(
+        CacheOption(cache, budget.max_tokens_cached, budget.max_model_len(machine.max_model_len or trained or
+                    budget.max_tokens_cached, blocks), _at_once(budget, machine.max_model_len or trained, blocks))
+        for cache, planned in budgets.items() if planned is not None for budget, blocks in [planned]
+    )  # fmt: skip
+    if (planned := budgets["auto"]) is None:
+        raise HubError(
+            f"[plan] expected layers whose caches share pages of {BLOCK_SIZE} tokens, got others in {name}."
+        )
+    budget, _ = planned
     return Plan(
         name, fetch, shutil.disk_usage(_existing(settings.hf_cache)).free, weights, budget.usable, budget.kv_budget,
-        budget.max_tokens_cached, budget.max_model_len(trained or budget.max_tokens_cached), trained,
+        budget.max_tokens_cached, options[0].context, trained, options, str(budget),
     )  # fmt: skip
+
+
+def _budget(
+    config: dict[str, Any], weights: int, cache: str, machine: Machine
+) -> tuple["MemoryBudget", Callable[[int], int]] | None:
+    """The budget with one format of the cache, and the blocks of a request; None where layers cannot be stored so."""
+    from metal_kv import MemoryBudget, SpecError, bytes_per_block, max_blocks_per_request
+    from metal_models import MetalModelsError
+    from metal_models.capacity import cache_groups
+    from vllm_metal_plugin import device, memory
+    from vllm_metal_plugin.cache_formats import VLLM_NAMES
+    from vllm_metal_plugin.envs import read_envs
+
+    envs = read_envs()
+    target = device.select_device(envs)
+    on_cpu = target == "cpu" and machine.memory_bytes is None
+    element = VLLM_NAMES[cache]
+    try:
+        groups = cache_groups(config, dtype=_dtype(config, on_cpu), block_size=BLOCK_SIZE, key=element, value=element)
+    except MetalModelsError as error:
+        raise HubError(str(error)) from error
+    except SpecError:
+        return None
+    fraction = envs.memory_fraction or machine.fraction
+    limit = device.free_memory_bytes() if on_cpu else device.total_memory_bytes(target)
+    if machine.memory_bytes is not None:
+        limit = metal_share(machine.memory_bytes)
+    budget = MemoryBudget.plan(
+        limit,
+        fraction or (memory.CPU_FRACTION if on_cpu else memory.DEFAULT_FRACTION),
+        model_memory=weights,
+        overhead=STEP_BYTES,
+        per_block_bytes=bytes_per_block(groups),
+        block_size=BLOCK_SIZE,
+        kv_budget_limit=memory.CPU_KV_CACHE_BYTES if on_cpu and fraction is None else None,
+    )
+    return budget, lambda num_tokens: max_blocks_per_request(groups, num_tokens, STEP_TOKENS)
+
+
+def _at_once(budget: "MemoryBudget", num_tokens: int, blocks: Callable[[int], int]) -> int:
+    """Requests of that length that the cache holds together; one block is the null block."""
+    return max(0, budget.num_blocks - 1) // max(1, blocks(num_tokens or 1))
+
+
+def _dtype(config: dict[str, Any], on_cpu: bool) -> Any:
+    """What the server computes in: float32 on a CPU, else what the checkpoint says, halved if that is float32."""
+    import mlx.core as mx
+
+    named = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16").removeprefix("torch.")
+    return mx.float32 if on_cpu else {"float16": mx.float16}.get(named, mx.bfloat16)
+
+
+def metal_share(memory_bytes: int) -> int:
+    """What Metal recommends as the most to use on a Mac: two thirds of its memory, three quarters from 36 GB on."""
+    return memory_bytes * 3 // 4 if memory_bytes >= 36 << 30 else memory_bytes * 2 // 3
 
 
 def _existing(path: Path) -> Path:
@@ -175,3 +267,26 @@ def table(found: Plan) -> Table:
     trained = f" of the {found.trained_context:,} it was trained for" if found.trained_context else ""
     rows.add_row("context", f"{found.context:,} tokens{trained}")
     return rows
+
+
+def options_table(found: Plan) -> Table:
+    """What fits with which format of the cache."""
+    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("--kv-cache-dtype", "tokens", "longest request", "requests of full length"):
+        rows.add_column(title, justify="left" if title.startswith("-") else "right")
+    for option in found.options:
+        rows.add_row(option.cache_dtype, f"{option.tokens:,}", f"{option.context:,}", f"{option.concurrency:,}")
+    return rows
+
+
+def command_line(ref: str, found: Plan, machine: Machine) -> str:
+    """What follows ``vllm-metal serve`` for the first format that holds a request of the length that is wanted."""
+    wanted = machine.max_model_len or found.trained_context
+    fitting = next((option for option in found.options if option.context >= wanted), None)
+    chosen = fitting or max(found.options, key=lambda option: option.context)
+    words = [ref, f"--max-model-len {min(wanted, chosen.context) if wanted else chosen.context}"]
+    if chosen.cache_dtype != "auto":
+        words.append(f"--kv-cache-dtype {chosen.cache_dtype}")
+    if machine.fraction is not None:
+        words.append(f"--gpu-memory-utilization {machine.fraction:g}")
+    return " ".join(words)
