@@ -1,7 +1,7 @@
 """Decodes with metal-models on a GPU, without vLLM, beside mlx-lm's BatchGenerator in the same run.
 
-The model has Qwen3-0.6B's shape and random weights. Before anything is timed, the fused decode step's hidden rows are
-compared with those of the model's own modules over the same cache.
+The model has Qwen3-0.6B's shape and random weights. Before anything is timed, hidden rows of the fused decode step and
+of the model's own modules are compared with float32's over the same cache, at positions that all differ.
 Run it on a machine with an NVIDIA GPU or on a Mac: ``python benchmarks/kernels/decode_loop.py``. ``--plain`` also
 times the model's own modules; ``--only 32x2048`` runs one case; ``--no-mlx-lm`` leaves the comparison out.
 """
@@ -95,17 +95,30 @@ class Loop:
         return time.perf_counter() - start, busy
 
 
-def check(fused: PagedModel, reqs: int) -> float:
-    """Compare one fused step with the same step on the model's own modules; returns the relative difference."""
+def check(fused: PagedModel, reqs: int, bits: int | None) -> str:
+    """Compare a fused step, the same step on the model's own modules, and that in float32 from the same weights."""
     loop = Loop(fused, reqs, 300, BLOCK_SIZE)
+    loop.seq_lens = 300 - 2 * np.arange(reqs, dtype=np.int32)
     plain = PagedModel(fused.module, CONFIG, fused_decode=False)
-    want = plain.forward(loop.token_ids, loop.metadata(), loop.pool).astype(mx.float32)
-    mx.eval(want)
-    got = fused.forward(loop.token_ids, loop.metadata(), loop.pool).astype(mx.float32)
-    difference = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
-    if not difference < 3e-2:
-        raise AssertionError(f"the fused step differs from the plain one by {difference:.3f}")
-    return difference
+    exact = random_model(bits)
+    exact.set_dtype(mx.float32)
+    exact_loop = Loop(PagedModel(exact, CONFIG, fused_decode=False), reqs, 300, BLOCK_SIZE)
+    for name in loop.pool.layer_names:
+        pages = loop.pool.layer(name).kv_cache.astype(mx.float32)
+        exact_loop.pool.layer(name).update(lambda _, pages=pages: pages)
+    hidden = [
+        model.forward(loop.token_ids, loop.metadata(), pool).astype(mx.float32)
+        for model, pool in ((exact_loop.model, exact_loop.pool), (plain, loop.pool), (fused, loop.pool))
+    ]
+    mx.eval(hidden)
+    plain_error, fused_error = (
+        (mx.linalg.norm(rows - hidden[0]) / mx.linalg.norm(hidden[0])).item() for rows in hidden[1:]
+    )
+    if not fused_error < 1.2 * plain_error:
+        raise AssertionError(
+            f"from float32, the fused step is {fused_error:.3f} away, the plain one {plain_error:.3f}"
+        )
+    return f"hidden rows are {fused_error:.4f} from float32's, the plain modules' {plain_error:.4f}"
 
 
 def tokens_per_second(loop: Loop, reqs: int) -> str:
@@ -144,7 +157,7 @@ def run_case(reqs: int, context: int, bits: int | None, options: argparse.Namesp
     name = f"batch {reqs} x {context}, {'bf16' if bits is None else f'{bits}-bit'}"
     module = random_model(bits)
     fused = PagedModel(module, CONFIG)
-    print(f"{name}: fused and plain hidden rows differ by {check(fused, reqs):.1e}", flush=True)
+    print(f"{name}: {check(fused, reqs, bits)}", flush=True)
     for label, model in (("fused", fused), ("plain", PagedModel(module, CONFIG, fused_decode=False))):
         if label == "fused" or options.plain:
             loop = Loop(model, reqs, context, WARM_UP + STEPS + options.memory_steps)

@@ -12,7 +12,7 @@ from metal_kernels.ragged import RaggedBatch, device_array
 
 _MIN_RANGE = 256  # keys: fewer cost more to join than they save
 _ROUND = 64  # keys that a threadgroup takes per round at most
-_GROUPS_PER_CORE = {"metal": 8, "cuda": 2}
+_SIMDGROUPS_PER_CORE = {"metal": 64, "cuda": 16}
 # Cores of Apple's GPUs by the last letter of their architecture; a guess for any other.
 _APPLE_CORES = {"p": 6, "g": 10, "s": 36, "d": 72}
 _CORES = {"metal": 10, "cuda": 132}
@@ -73,7 +73,7 @@ class DecodeSizes:
 
 
 def plan_decode(
-    batch: RaggedBatch, requests: Int32[np.ndarray, "decodes"], sliding_window: int | None, groups_per_range: int
+    batch: RaggedBatch, requests: Int32[np.ndarray, "decodes"], sliding_window: int | None, simdgroups_per_range: int
 ) -> DecodePlan:
     """Cut the keys that ``requests`` see so that threadgroups fill the device evenly.
 
@@ -81,32 +81,32 @@ def plan_decode(
         batch: The step.
         requests: Requests that have one row.
         sliding_window: Keys a row sees at most; no range holds others.
-        groups_per_range: Threadgroups that take the same range, for different heads.
+        simdgroups_per_range: SIMD-groups that take the same range, of all its threadgroups.
     """
-    work, ranges = _cut(batch, requests, sliding_window, groups_per_range, batch.block_table.shape[1])
+    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, batch.block_table.shape[1])
     return DecodePlan(
         batch.on_device("block_table"), device_array(work), device_array(ranges), len(requests), len(work)
     )
 
 
 def pack_decode(
-    batch: RaggedBatch, sliding_window: int | None, groups_per_range: int, reqs: int, block_size: int
+    batch: RaggedBatch, sliding_window: int | None, simdgroups_per_range: int, reqs: int, block_size: int
 ) -> tuple[DecodeSizes, Int32[np.ndarray, "elements"]]:
     """Plan a step in which every request has one row, as one array of a size that many steps share.
 
     Args:
         batch: The step; its requests have one row each.
         sliding_window: Keys a row sees at most.
-        groups_per_range: Threadgroups that take the same range, for different heads.
+        simdgroups_per_range: SIMD-groups that take the same range, of all its threadgroups.
         reqs: Requests to pad to.
         block_size: Tokens of a block.
     """
     used = -(-batch.max_seq_len // block_size)
     blocks = max(_MIN_ELEMENTS, 1 << (used - 1).bit_length())
     requests = np.arange(batch.num_reqs, dtype=np.int32)
-    work, ranges = _cut(batch, requests, sliding_window, groups_per_range, blocks)
+    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, blocks)
     direct = len(work) == batch.num_reqs
-    sizes = DecodeSizes(reqs, reqs if direct else reqs + wanted_groups() // groups_per_range, blocks)
+    sizes = DecodeSizes(reqs, reqs if direct else reqs + wanted_simdgroups() // simdgroups_per_range, blocks)
     table, work_elements, _ = sizes.elements
     packed = np.zeros(sum(sizes.elements), np.int32)
     packed[: batch.num_reqs * blocks].reshape(-1, blocks)[:, :used] = batch.block_table[:, :used]
@@ -119,14 +119,14 @@ def _cut(
     batch: RaggedBatch,
     requests: Int32[np.ndarray, "decodes"],
     sliding_window: int | None,
-    groups_per_range: int,
+    simdgroups_per_range: int,
     blocks: int,
 ) -> tuple[Int32[np.ndarray, "ranges 4"], Int32[np.ndarray, "decodes 2"]]:
     """Return ``work`` and ``ranges`` of a plan whose tables have ``blocks`` entries for each request."""
     ends = batch.seq_lens[requests].astype(np.int64)
     begins = np.zeros_like(ends) if sliding_window is None else np.maximum(0, ends - sliding_window)
     num_keys = ends - begins
-    target_keys = max(_MIN_RANGE, int(num_keys.sum()) * groups_per_range / wanted_groups())
+    target_keys = max(_MIN_RANGE, int(num_keys.sum()) * simdgroups_per_range / wanted_simdgroups())
     counts = np.maximum(1, np.rint(num_keys / target_keys)).astype(np.int64)
     lengths = -(-num_keys // counts)
     lengths = np.where(counts > 1, -(-lengths // _ROUND) * _ROUND, lengths)
@@ -146,16 +146,16 @@ def _cut(
     return work.astype(np.int32), np.stack([first, counts], axis=1).astype(np.int32)
 
 
-def wanted_groups() -> int:
-    """Threadgroups that keep the default device busy."""
-    return _wanted_groups(target())
+def wanted_simdgroups() -> int:
+    """SIMD-groups that keep the default device busy."""
+    return _wanted_simdgroups(target())
 
 
 @cache
-def _wanted_groups(backend: Target) -> int:
+def _wanted_simdgroups(backend: Target) -> int:
     if backend == "cpu":
-        return 16
+        return 128
     cores = _CORES[backend]
     if backend == "metal":
         cores = _APPLE_CORES.get(str(mx.device_info().get("architecture", ""))[-1:], cores)
-    return cores * _GROUPS_PER_CORE[backend]
+    return cores * _SIMDGROUPS_PER_CORE[backend]

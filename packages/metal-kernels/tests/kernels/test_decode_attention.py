@@ -1,5 +1,7 @@
 """Planned decode rows: the kernel, the twin of the plan, and paged attention agree."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def test_padded_plan(seq_lens, window):
     batch, blocks = batch_of(rng, seq_lens)
     query = mx.array(rng.normal(size=(4, 4, 64)).astype(np.float32))
     cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, 2, 64)).astype(np.float32))
-    sizes, packed = decode_plan.pack_decode(batch, window, 2, 4, BLOCK_SIZE)
+    sizes, packed = decode_plan.pack_decode(batch, window, 16, 4, BLOCK_SIZE)
     assert packed.size == sum(sizes.elements)
     plan = sizes.unpack(mx.array(packed))
     rows = len(seq_lens)
@@ -34,6 +36,7 @@ def test_padded_plan(seq_lens, window):
     variant = kernels.decode_kernel("metal", mx.float32, mx.float32, 64, BLOCK_SIZE, 2).variant
     for out in (
         kernels.paged_decode(query, cache, plan, variant, scale=0.125),
+        kernels.paged_decode(query, cache, plan, replace(variant, ahead=1), scale=0.125),
         reference.decode_attention(query, cache, plan, scale=0.125),
     ):
         np.testing.assert_allclose(out[:rows], want, rtol=2e-5, atol=2e-5)
@@ -43,7 +46,7 @@ def test_padded_plan(seq_lens, window):
 def test_sizes_are_shared_by_steps_that_follow_each_other():
     rng = np.random.default_rng(0)
     sizes = {
-        decode_plan.pack_decode(batch_of(rng, [n, n + 100])[0], None, 2, 4, BLOCK_SIZE)[0] for n in range(600, 700)
+        decode_plan.pack_decode(batch_of(rng, [n, n + 100])[0], None, 16, 4, BLOCK_SIZE)[0] for n in range(600, 700)
     }
     assert len(sizes) == 1
 
@@ -54,6 +57,6 @@ def test_soft_cap_and_sinks_of_the_twin():
     query, sinks = mx.array(rng.normal(size=(2, 4, 64)) * 2).astype(mx.float32), mx.array(rng.normal(size=4))
     cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, 2, 64)).astype(np.float32))
     options = {"scale": 0.125, "soft_cap": 3.0, "sinks": sinks.astype(mx.float32)}
-    plan = decode_plan.plan_decode(batch, np.arange(2, dtype=np.int32), None, 2)
+    plan = decode_plan.plan_decode(batch, np.arange(2, dtype=np.int32), None, 16)
     want = reference.paged_attention(query, cache, batch, **options)
     np.testing.assert_allclose(reference.decode_attention(query, cache, plan, **options), want, rtol=2e-5, atol=2e-5)

@@ -34,8 +34,9 @@ def test_page_kernels_say_why_not(call):
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16, 64])
-def test_every_head_has_its_place_in_threadgroup_memory(head_size, dtype, group):
-    variant = decode_kernel("metal", dtype, dtype, head_size, 16, group).variant
+@pytest.mark.parametrize("target", ["metal", "cuda"])
+def test_every_head_has_its_place_in_threadgroup_memory(target, head_size, dtype, group):
+    variant = decode_kernel(target, dtype, dtype, head_size, 16, group).variant
     assert head_size % variant.lanes == 0
     assert (variant.parts - 1) * variant.heads < group <= variant.parts * variant.heads
     assert variant.simdgroups * variant.heads * (head_size + 2) * 4 <= 32 * 1024

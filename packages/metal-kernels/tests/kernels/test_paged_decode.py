@@ -98,3 +98,10 @@ def test_head_sizes(head_size):
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_everything_that_dispatch_accepts(head_size, block_size, dtype, group):
     check([70, 3, 600], 2, group, head_size, block_size, dtype, sinks=group == 3)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(("head_size", "group"), [(128, 2), (128, 8), (80, 1), (256, 4)])
+def test_layouts_of_cuda(head_size, group, dtype):
+    decode = kernels.decode_kernel("cuda", dtype, dtype, head_size, 16, group)
+    check([70, 3], 1, group, head_size, dtype=dtype, decode=decode)

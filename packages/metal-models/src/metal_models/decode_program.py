@@ -44,7 +44,8 @@ class Rotation:
     def cos_sin(self, positions: mx.array) -> mx.array:
         """Return cosines, then sines, ``[tokens, size]`` in float32: what the module makes of unit vectors."""
         unit = mx.arange(self.size) % 2 == 0 if self.traditional else mx.arange(self.size) < self.size // 2
-        rows = mx.broadcast_to(unit.astype(mx.float32), (positions.shape[0], 1, 1, self.size))
+        # Contiguous, because MLX's GPU kernel would write all rows of a broadcast array to the same place.
+        rows = mx.contiguous(mx.broadcast_to(unit.astype(mx.float32), (positions.shape[0], 1, 1, self.size)))
         turned: mx.array = self.rope(rows, offset=positions).reshape(-1, self.size)
         if not self.traditional:
             return turned

@@ -1,5 +1,6 @@
 """Steps in which every request has one row: a compiled graph for each bucket of sizes."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from metal_models.decode_program import DecodeLayer, DecodeProgram
 
 # Requests that a step is padded to.
 _BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+_IN_FLIGHT = 4  # steps that may be under way at once without waiting for one
 _MIN_ELEMENTS = 8  # MLX puts smaller inputs in another Metal address space
 
 
@@ -27,7 +29,7 @@ class _PlanKey:
 
     group: int
     window: int | None
-    groups_per_range: int
+    simdgroups_per_range: int
     block_size: int
 
 
@@ -37,6 +39,25 @@ class _StepSizes:
 
     reqs: int
     plans: tuple[tuple[_PlanKey, DecodeSizes], ...]
+
+
+class _Slot:
+    """Memory that the host fills and a step reads.
+
+    It is used again and again: MLX would give a dropped array's memory to a later result on the device, and move its
+    pages between host and device each time.
+
+    Attributes:
+        array: As the device sees it.
+        view: As the host sees it.
+        reader: What the last step that reads it computes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.array = mx.zeros(size, mx.int32)
+        mx.eval(self.array)
+        self.view = np.array(self.array, copy=False)
+        self.reader: mx.array | None = None
 
 
 class DecodeStep:
@@ -53,6 +74,7 @@ class DecodeStep:
         self._caches = list(caches)
         self._keys = [_plan_key(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)]
         self._compiled = compiled
+        self._rings: dict[int, deque[_Slot]] = {}
         self._graphs: dict[_StepSizes, Callable[[mx.array, mx.array], mx.array]] = {}
 
     def serves(self, metadata: Sequence[AttentionMetadata]) -> bool:
@@ -77,8 +99,22 @@ class DecodeStep:
             graph = self._graphs[sizes] = mx.compile(graph) if self._compiled else graph
         if rows < sizes.reqs:
             token_ids = mx.pad(token_ids, (0, sizes.reqs - rows))
-        hidden = graph(token_ids, mx.array(packed))
+        slot = self._slot(packed.size)
+        slot.view[:] = packed
+        slot.reader = hidden = graph(token_ids, slot.array)
         return hidden[:rows] if rows < sizes.reqs else hidden
+
+    def _slot(self, size: int) -> "_Slot":
+        """Return memory for ``size`` elements that no step in flight reads."""
+        ring = self._rings.setdefault(size, deque())
+        if len(ring) < _IN_FLIGHT:
+            ring.append(_Slot(size))
+            return ring[-1]
+        ring.rotate(-1)
+        slot = ring[-1]
+        if slot.reader is not None:
+            mx.eval(slot.reader)
+        return slot
 
     def _run(self, sizes: _StepSizes, token_ids: mx.array, packed: mx.array) -> mx.array:
         """Compute a step from its padded ids and the one array that says everything else."""
@@ -131,8 +167,8 @@ def _plan_key(cache: LayerCache, q_heads: int) -> _PlanKey:
     pages = cache.kv_cache
     window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
     decode = _variant(pages, q_heads)
-    parts = decode.variant.parts if isinstance(decode, kernels.Accepted) else 1
-    return _PlanKey(cache.group, window, pages.shape[3] * parts, pages.shape[2])
+    per_head = decode.variant.parts * decode.variant.simdgroups if isinstance(decode, kernels.Accepted) else 1
+    return _PlanKey(cache.group, window, pages.shape[3] * per_head, pages.shape[2])
 
 
 def _packed(
@@ -148,7 +184,7 @@ def _packed(
         group = metadata[key.group]
         slots = np.full(len(positions), -1, np.int32)
         slots[: batch.num_reqs] = np.asarray(group.slot_mapping)
-        sizes, plan = pack_decode(group.batch, key.window, key.groups_per_range, reqs, key.block_size)
+        sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
         plans.append((key, sizes))
         parts += [slots, plan]
     return _StepSizes(reqs, tuple(plans)), np.concatenate(parts)

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from metal_kernels.device import Target
+from metal_kernels.row_format import RowFormat
 
 _Variant = TypeVar("_Variant")
 
@@ -17,6 +18,9 @@ BLOCK_SIZES = (8, 16, 32)
 _LOAD_BYTES = 16  # what a lane loads at once where the head size allows it
 _MAX_HELD = 32  # floats of the query that a lane holds: as many for the output, and the keys beside them
 _MAX_SHARED = 512  # floats of output that a SIMD-group puts into threadgroup memory for eight of them to fit
+_MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
+_MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
+_MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_WIDTH = 32768  # elements of a row that a threadgroup holds in registers
 
 
@@ -54,6 +58,7 @@ class DecodeVariant:
         simdgroups: SIMD-groups of a threadgroup.
         unrolled: Keys that a lane loads before it uses one.
         parts: Threadgroups that share the query heads of one key head.
+        ahead: Rounds between loading keys and using them, 0 or 1.
     """
 
     heads: int
@@ -61,6 +66,43 @@ class DecodeVariant:
     simdgroups: int
     unrolled: int
     parts: int
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizedVariant:
+    """How decode over quantised rows is laid out; the names are the body's.
+
+    Args:
+        heads: Query heads of one threadgroup.
+        lanes: Lanes that share a key.
+        width: Elements of a head that a lane holds.
+        simdgroups: SIMD-groups of a threadgroup.
+        unrolled: Keys that a lane loads before it uses one.
+        parts: Threadgroups that share the query heads of one key head.
+    """
+
+    heads: int
+    lanes: int
+    width: int
+    simdgroups: int
+    unrolled: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class LatentVariant:
+    """How decode over latent rows is laid out.
+
+    Args:
+        heads: Query heads of one threadgroup: the rows of a matrix.
+        keys: Rows of the cache in threadgroup memory.
+        simdgroups: SIMD-groups of a threadgroup.
+    """
+
+    heads: int
+    keys: int
+    simdgroups: int
 
 
 def page_kernels(target: Target, dtype: mx.Dtype, size: int) -> Accepted[PageKernels] | Rejected:
@@ -103,10 +145,10 @@ def decode_kernel(
         return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
     if block_size not in BLOCK_SIZES:
         return Rejected(f"block size {block_size} is not one of {BLOCK_SIZES}")
-    return Accepted(decode_variant(cache_dtype, head_size, group))
+    return Accepted(decode_variant(target, cache_dtype, head_size, group))
 
 
-def decode_variant(cache_dtype: mx.Dtype, head_size: int, group: int) -> DecodeVariant:
+def decode_variant(target: Target, cache_dtype: mx.Dtype, head_size: int, group: int) -> DecodeVariant:
     """Lay out paged decode so that lanes load whole words and hold their share in registers."""
     width = _LOAD_BYTES // cache_dtype.size
     lanes = next((lanes for lanes in (8, 16, 32) if head_size % lanes == 0 and head_size // lanes <= width), 8)
@@ -116,4 +158,59 @@ def decode_variant(cache_dtype: mx.Dtype, head_size: int, group: int) -> DecodeV
     parts = -(-group // max(1, _MAX_HELD // held))
     heads = -(-group // parts)
     simdgroups = 8 if heads * head_size <= _MAX_SHARED else 4
+    if target == "cuda" and cache_dtype.size == 2:
+        if heads > 2 and held <= 8 and lanes > 8:  # bound by shuffles: fewer lanes for each key need fewer
+            return DecodeVariant(heads, lanes // 2, 4, 2, parts, ahead=1)
+        return DecodeVariant(heads, lanes, simdgroups, 4 if held <= 8 else 2, parts, ahead=1)
     return DecodeVariant(heads, lanes, simdgroups, 4 if held <= 8 else 2, parts)
+
+
+@cache
+def quantized_write_kernel(target: Target, row_format: RowFormat, size: int) -> Accepted[PageKernels] | Rejected:
+    """Decide on the kernel that quantises rows into a cache of ``size`` words."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if size < 8:
+        return Rejected("MLX passes a cache of fewer than 8 elements as constant memory, which cannot be written")
+    if row_format.head_size > _MAX_QUANTIZED_HEAD:
+        return Rejected(f"head size {row_format.head_size} is more than a SIMD-group holds ({_MAX_QUANTIZED_HEAD})")
+    return Accepted(PageKernels())
+
+
+@cache
+def quantized_decode_kernel(
+    target: Target, query_dtype: mx.Dtype, row_format: RowFormat, group: int
+) -> Accepted[QuantizedVariant] | Rejected:
+    """Decide on decode over quantised rows for ``group`` query heads per key head."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if query_dtype not in FLOAT_DTYPES:
+        return Rejected(f"query is {query_dtype}; kernels know float16, bfloat16 and float32")
+    head_size = row_format.head_size
+    if head_size not in HEAD_SIZES:
+        return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
+    # More heads of a threadgroup need more registers for each element; fewer elements leave room for them.
+    width = 16 if group <= 2 else 8
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if lanes * width >= head_size)
+    parts = -(-group // max(1, min(8, _MAX_QUANTIZED_SHARED // head_size)))
+    return Accepted(QuantizedVariant(-(-group // parts), lanes, width, 4, 2, parts))
+
+
+@cache
+def mla_decode_kernel(
+    target: Target, query_dtype: mx.Dtype, cache_dtype: mx.Dtype, latent_size: int, rope_size: int
+) -> Accepted[LatentVariant] | Rejected:
+    """Decide on decode over latent rows."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if query_dtype != cache_dtype or query_dtype not in (mx.float16, mx.bfloat16):
+        return Rejected(f"query is {query_dtype}, cache {cache_dtype}; the kernel takes both as float16 or bfloat16")
+    variant = LatentVariant(heads=16, keys=16, simdgroups=4)
+    if latent_size % (16 * variant.simdgroups) or rope_size % 16:
+        return Rejected(
+            f"latent size {latent_size} and rope size {rope_size}; the kernel takes multiples of "
+            f"{16 * variant.simdgroups} and 16"
+        )
+    if latent_size + rope_size > _MAX_LATENT_ROW:
+        return Rejected(f"rows of {latent_size + rope_size} elements; threadgroup memory holds {_MAX_LATENT_ROW}")
+    return Accepted(variant)

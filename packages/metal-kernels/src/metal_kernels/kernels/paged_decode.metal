@@ -3,6 +3,7 @@
 // Scores are in units of log2. DIRECT is 1 if every row has one range: then it writes the result.
 constexpr int WIDTH = HEAD_SIZE / LANES;
 constexpr int STREAMS = SIMDGROUPS * 32 / LANES;
+constexpr int KEYS = STREAMS * UNROLLED;  // of a round
 constexpr int Q_HEADS = KV_HEADS * GROUP;
 constexpr int PARTS = (GROUP + HEADS - 1) / HEADS;
 constexpr float LOWEST = -3.0e38f;
@@ -36,36 +37,73 @@ UNROLL for (int h = 0; h < HEADS; ++h) {
     o[h][i] = 0.0f;
   }
 }
+// A round's keys are loaded AHEAD (0 or 1) rounds before their use, and their blocks' numbers a round before that.
 // Every lane makes the same number of rounds, so that all take part in the shuffles.
-for (int round = begin; round < end; round += STREAMS * UNROLLED) {
-  float k[UNROLLED][WIDTH];
-  float v[UNROLLED][WIDTH];
-  UNROLL for (int u = 0; u < UNROLLED; ++u) {
-    const int position = min(round + u * STREAMS + stream, end - 1);
-    const long block = block_table_in[table + position / BLOCK_SIZE];
-    const long at = ((block * 2 * BLOCK_SIZE + position % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_SIZE + lane * WIDTH;
-    load_f32<WIDTH>(kv_cache_in + at, k[u]);
-    load_f32<WIDTH>(kv_cache_in + at + BLOCK_SIZE * KV_HEADS * HEAD_SIZE, v[u]);
-  }
-  UNROLL for (int h = 0; h < HEADS; ++h) {
-    float score[UNROLLED];
-    float highest = max_score[h];
+int block[UNROLLED];
+Raw<C, WIDTH> k[UNROLLED];
+Raw<C, WIDTH> v[UNROLLED];
+const int last = max(end - 1, 0);
+UNROLL for (int u = 0; u < UNROLLED; ++u) {
+  block[u] = block_table_in[table + min(begin + u * STREAMS + stream, last) / BLOCK_SIZE];
+}
+for (int round = begin - AHEAD * KEYS; round < end; round += KEYS) {
+  Raw<C, WIDTH> next_k[UNROLLED];
+  Raw<C, WIDTH> next_v[UNROLLED];
+  const int next = round + AHEAD * KEYS;
+  if (next < end) {
     UNROLL for (int u = 0; u < UNROLLED; ++u) {
-      float s = 0.0f;
-      UNROLL for (int i = 0; i < WIDTH; ++i) s += q[h][i] * k[u][i];
-      UNROLL for (int step = LANES / 2; step > 0; step /= 2) s += simd_shuffle_xor(s, step);
-      if (SOFT_CAP) s = tanh_precise(s) * factors_in[1];
-      score[u] = round + u * STREAMS + stream < end ? s : LOWEST;
-      highest = max(highest, score[u]);
+      const int offset = min(next + u * STREAMS + stream, last) % BLOCK_SIZE;
+      const long at = ((long(block[u]) * 2 * BLOCK_SIZE + offset) * KV_HEADS + kv_head) * HEAD_SIZE + lane * WIDTH;
+      next_k[u] = load_raw<WIDTH>(kv_cache_in + at);
+      next_v[u] = load_raw<WIDTH>(kv_cache_in + at + BLOCK_SIZE * KV_HEADS * HEAD_SIZE);
     }
-    const float shrink = exp2_fast(max_score[h] - highest);
-    max_score[h] = highest;
-    sum[h] *= shrink;
-    UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] *= shrink;
     UNROLL for (int u = 0; u < UNROLLED; ++u) {
-      const float weight = round + u * STREAMS + stream < end ? exp2_fast(score[u] - highest) : 0.0f;
-      sum[h] += weight;
-      UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] += weight * v[u][i];
+      block[u] = block_table_in[table + min(next + KEYS + u * STREAMS + stream, last) / BLOCK_SIZE];
+    }
+  }
+  if (AHEAD == 0) {
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      k[u] = next_k[u];
+      v[u] = next_v[u];
+    }
+  }
+  if (round >= begin) {
+    float score[HEADS][UNROLLED];
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      float key[WIDTH];
+      unpack_f32(k[u], key);
+      UNROLL for (int h = 0; h < HEADS; ++h) {
+        float s = 0.0f;
+        UNROLL for (int i = 0; i < WIDTH; ++i) s += q[h][i] * key[i];
+        UNROLL for (int step = LANES / 2; step > 0; step /= 2) s += simd_shuffle_xor(s, step);
+        if (SOFT_CAP) s = tanh_precise(s) * factors_in[1];
+        score[h][u] = round + u * STREAMS + stream < end ? s : LOWEST;
+      }
+    }
+    UNROLL for (int h = 0; h < HEADS; ++h) {
+      float highest = max_score[h];
+      UNROLL for (int u = 0; u < UNROLLED; ++u) highest = max(highest, score[h][u]);
+      const float shrink = exp2_fast(max_score[h] - highest);
+      max_score[h] = highest;
+      sum[h] *= shrink;
+      UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] *= shrink;
+      UNROLL for (int u = 0; u < UNROLLED; ++u) {
+        score[h][u] = round + u * STREAMS + stream < end ? exp2_fast(score[h][u] - highest) : 0.0f;
+        sum[h] += score[h][u];
+      }
+    }
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      float value[WIDTH];
+      unpack_f32(v[u], value);
+      UNROLL for (int h = 0; h < HEADS; ++h) {
+        UNROLL for (int i = 0; i < WIDTH; ++i) o[h][i] += score[h][u] * value[i];
+      }
+    }
+  }
+  if (AHEAD == 1) {
+    UNROLL for (int u = 0; u < UNROLLED; ++u) {
+      k[u] = next_k[u];
+      v[u] = next_v[u];
     }
   }
 }

@@ -86,5 +86,7 @@ def _template(kv_cache: mx.array, q_heads: int, variant: DecodeVariant, soft_cap
         "LANES": variant.lanes,
         "SIMDGROUPS": variant.simdgroups,
         "UNROLLED": variant.unrolled,
+        "AHEAD": variant.ahead,
+        "C": kv_cache.dtype,
         "SOFT_CAP": soft_cap,
     }

@@ -8,7 +8,7 @@ const int head = int(threadgroup_position_in_grid.y) * SIMDGROUPS + int(simdgrou
 const int lane = int(thread_index_in_simdgroup);
 const bool is_query = head < Q_HEADS;
 const bool is_value = head >= Q_HEADS + KV_HEADS;
-const int slot = is_query ? 0 : slots_in[row];
+const int slot = is_query ? 0 : slots_in[row * slots_in_strides[0]];
 // Whole SIMD-groups leave together, so the shuffles below are met by all lanes of those that stay.
 if (head < HEADS && slot >= 0) {
   int at[PAIRS][2];

@@ -39,7 +39,7 @@ def rope_and_cache(
             constants(1.0) if q_norm is None else q_norm,
             constants(1.0) if k_norm is None else k_norm,
             constants(eps),
-            mx.contiguous(slot_mapping),
+            slot_mapping,
             kv_cache,
         ],
         [((tokens, q_heads, head_size), qkv.dtype)],

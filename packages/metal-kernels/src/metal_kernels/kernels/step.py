@@ -54,7 +54,7 @@ def paged_attention(
     most = 1 if isinstance(decode, Accepted) else 0  # rows of a request that is not gathered
     singles, others = batch.once(("requests by rows", most), lambda: _by_rows(batch, most))
     if isinstance(decode, Accepted) and singles.size:
-        per_range = kv_cache.shape[3] * decode.variant.parts
+        per_range = kv_cache.shape[3] * decode.variant.parts * decode.variant.simdgroups
         plan = batch.once(
             ("decode plan", sliding_window, per_range),
             lambda: plan_decode(batch, singles, sliding_window, per_range),
