@@ -1,10 +1,14 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) over a block table."""
 
+from collections.abc import Callable
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from metal_kernels import kernels, reference
 from metal_kernels.checks import require_blocks, require_latent_cache, require_rows
+from metal_kernels.device import target
 from metal_kernels.ragged import RaggedBatch
 
 
@@ -80,8 +84,11 @@ def mla_attention(
     require_rows("mla_attention", "query_latent", query_latent, (batch.num_tokens, q_heads, latent_size))
     require_rows("mla_attention", "query_rope", query_rope, (batch.num_tokens, q_heads, rope_size))
     require_blocks("mla_attention", batch, kv_cache.shape[1])
-    pages, own = read_pages(kv_cache, batch, order_token=order_token)
-    return reference.mla_attention(query_latent, query_rope, pages, own, scale=scale)
+    attend: Callable[..., mx.array] = reference.mla_attention
+    if kernels.move_pages(kv_cache):
+        decode = kernels.mla_decode_kernel(target(), query_latent.dtype, kv_cache.dtype, latent_size, rope_size)
+        attend = partial(kernels.mla_attention, decode=decode)
+    return attend(query_latent, query_rope, kv_cache, batch, scale=scale, order_token=order_token)
 
 
 def read_pages(

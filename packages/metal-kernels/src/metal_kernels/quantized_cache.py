@@ -1,10 +1,14 @@
 """Attention over, and writes to, a cache whose rows are quantised."""
 
+from collections.abc import Callable
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float, Int32, UInt32
 
-from metal_kernels import reference
+from metal_kernels import kernels, reference
 from metal_kernels.checks import require_blocks, require_rows
+from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.row_format import RowFormat
@@ -39,7 +43,10 @@ def quantized_reshape_and_cache(
     rows = (slot_mapping.size, row_format.num_kv_heads, row_format.head_size)
     require_rows("quantized_reshape_and_cache", "key", key, rows)
     require_rows("quantized_reshape_and_cache", "value", value, rows)
-    return reference.quantized_reshape_and_cache(key, value, kv_cache, slot_mapping, row_format)
+    write: Callable[..., tuple[mx.array, mx.array]] = reference.quantized_reshape_and_cache
+    if _writes_in_place(kv_cache, row_format):
+        write = kernels.quantized_reshape_and_cache
+    return write(key, value, kv_cache, slot_mapping, row_format)
 
 
 def quantized_paged_attention(
@@ -80,7 +87,14 @@ def quantized_paged_attention(
             f"[quantized_paged_attention] expected a sliding window of at least 1, got {sliding_window}. "
             "Pass None for full attention."
         )
-    return reference.quantized_paged_attention(
+    attend: Callable[..., mx.array] = reference.quantized_paged_attention
+    if _writes_in_place(kv_cache, row_format):
+        group = q_heads // row_format.num_kv_heads
+        attend = partial(
+            kernels.quantized_paged_attention,
+            decode=kernels.quantized_decode_kernel(target(), query.dtype, row_format, group),
+        )
+    return attend(
         query,
         kv_cache,
         batch,
@@ -118,6 +132,12 @@ def quantized_gather_kv_cache(
             f"blocks, got {seq_len}. Pass the request's whole block table row."
         )
     return reference.quantized_gather_kv_cache(kv_cache, block_table, seq_len, row_format)
+
+
+def _writes_in_place(kv_cache: mx.array, row_format: RowFormat) -> bool:
+    """Whether rows are written in place, so that only kernels may read them."""
+    answer = kernels.quantized_write_kernel(target(), row_format, kv_cache.size)
+    return isinstance(answer, kernels.Accepted) and kernels.writes_in_place()
 
 
 def _require_pages(operation: str, kv_cache: mx.array, row_format: RowFormat) -> None:

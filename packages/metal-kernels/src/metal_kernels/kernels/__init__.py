@@ -6,10 +6,27 @@ kernel that reads the cache takes it as an input: that alone orders the two, wit
 
 from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
 from metal_kernels.kernels.cache_write import reshape_and_cache
-from metal_kernels.kernels.dispatch import Accepted, DecodeVariant, Rejected, decode_kernel, page_kernels, row_kernels
+from metal_kernels.kernels.dispatch import (
+    Accepted,
+    DecodeVariant,
+    LatentVariant,
+    QuantizedVariant,
+    Rejected,
+    decode_kernel,
+    mla_decode_kernel,
+    page_kernels,
+    quantized_decode_kernel,
+    quantized_write_kernel,
+    row_kernels,
+)
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
+from metal_kernels.kernels.mla_decode import mla_decode
+from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
+from metal_kernels.kernels.quantized_cache_write import quantized_reshape_and_cache
+from metal_kernels.kernels.quantized_decode import quantized_decode
+from metal_kernels.kernels.quantized_step import quantized_paged_attention
 from metal_kernels.kernels.rope_and_cache import rope_and_cache
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.step import paged_attention
@@ -17,16 +34,26 @@ from metal_kernels.kernels.step import paged_attention
 __all__ = [
     "Accepted",
     "DecodeVariant",
+    "LatentVariant",
+    "QuantizedVariant",
     "Rejected",
     "add_rms_norm",
     "copy_blocks",
     "decode_kernel",
     "gather_blocks",
+    "mla_attention",
+    "mla_decode",
+    "mla_decode_kernel",
     "move_pages",
     "own_pages",
     "page_kernels",
     "paged_attention",
     "paged_decode",
+    "quantized_decode",
+    "quantized_decode_kernel",
+    "quantized_paged_attention",
+    "quantized_reshape_and_cache",
+    "quantized_write_kernel",
     "reshape_and_cache",
     "rope_and_cache",
     "row_kernels",

@@ -28,6 +28,7 @@ class PortableKernel:
         body: File of the body in this folder.
         defines: Preprocessor lines that the body depends on.
         contiguous: Whether MLX copies inputs that are not contiguous.
+        headers: Files of functions that the body uses, beside the prelude; each knows both languages.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PortableKernel:
     body: str
     defines: str = ""
     contiguous: bool = False
+    headers: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -71,7 +73,7 @@ class PortableKernel:
             "name": self.name,
             "input_names": list(self.inputs),
             "output_names": list(self.outputs),
-            "header": self.defines + (_FOLDER / prelude).read_text(),
+            "header": self.defines + "".join((_FOLDER / file).read_text() for file in (prelude, *self.headers)),
             "source": (_FOLDER / self.body).read_text(),
             "ensure_row_contiguous": self.contiguous,
         }

@@ -1,0 +1,131 @@
+// Elements of quantised rows. FORMAT is 0 int8, 1 fp8 (e4m3), 2 int4, 3 float16, 4 bfloat16, 5 float32.
+#ifdef __METAL_VERSION__
+#define THREAD(T) thread T
+#define FUNCTION METAL_FUNC
+FUNCTION float bits_f32(uint bits) { return as_type<float>(bits); }
+FUNCTION uint f32_bits(float x) { return as_type<uint>(x); }
+FUNCTION float half_bits_f32(uint bits) { return float(as_type<half>(ushort(bits))); }
+FUNCTION uint f32_half_bits(float x) { return uint(as_type<ushort>(half(x))); }
+FUNCTION uint f32_bfloat_bits(float x) { return uint(as_type<ushort>(bfloat16_t(x))); }
+FUNCTION float round_even(float x) { return rint(x); }
+FUNCTION float magnitude(float x) { return fabs(x); }
+#else
+#define THREAD(T) T
+#define FUNCTION __device__ __forceinline__
+FUNCTION float bits_f32(uint bits) { return __uint_as_float(bits); }
+FUNCTION uint f32_bits(float x) { return __float_as_uint(x); }
+FUNCTION float half_bits_f32(uint bits) { return __half2float(__ushort_as_half((unsigned short)bits)); }
+FUNCTION uint f32_half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+FUNCTION uint f32_bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+FUNCTION float round_even(float x) { return rintf(x); }
+FUNCTION float magnitude(float x) { return fabsf(x); }
+#endif
+
+template <int FORMAT> struct Element {
+  enum { BITS = FORMAT == 2 ? 4 : FORMAT < 2 ? 8 : FORMAT < 5 ? 16 : 32, SCALED = FORMAT < 3, BIASED = FORMAT == 2 };
+};
+
+// N words from an address that is a multiple of VECTOR words.
+template <int N, int VECTOR> FUNCTION void load_bits(const DEV(uint)* from, THREAD(uint)* to) {
+  UNROLL for (int i = 0; i < N; i += VECTOR) {
+    if constexpr (VECTOR == 4) {
+      uint4 v = *(const DEV(uint4)*)(from + i);
+      to[i] = v.x;
+      to[i + 1] = v.y;
+      to[i + 2] = v.z;
+      to[i + 3] = v.w;
+    } else if constexpr (VECTOR == 2) {
+      uint2 v = *(const DEV(uint2)*)(from + i);
+      to[i] = v.x;
+      to[i + 1] = v.y;
+    } else {
+      to[i] = from[i];
+    }
+  }
+}
+
+// N elements without scale and bias; those of fp8 are 256 times too small.
+template <int FORMAT, int N> FUNCTION void unpack(const THREAD(uint)* words, THREAD(float)* to) {
+  UNROLL for (int i = 0; i < N; ++i) {
+    constexpr int BITS = Element<FORMAT>::BITS;
+    const uint word = words[i * BITS / 32];
+    const int at = i * BITS % 32;
+    if constexpr (FORMAT == 0) to[i] = bits_f32(0x4B000000u | (((word ^ 0x80808080u) >> at) & 0xFFu)) - 8388736.0f;
+    else if constexpr (FORMAT == 1) to[i] = half_bits_f32(((word >> at) & 0x80u) << 8 | ((word >> at) & 0x7Fu) << 7);
+    else if constexpr (FORMAT == 2) to[i] = bits_f32(0x4B000000u | ((word >> at) & 0xFu)) - 8388608.0f;
+    else if constexpr (FORMAT == 3) to[i] = half_bits_f32((word >> at) & 0xFFFFu);
+    else if constexpr (FORMAT == 4) to[i] = bits_f32(at == 0 ? word << 16 : word & 0xFFFF0000u);
+    else to[i] = bits_f32(word);
+  }
+}
+
+// What a scale word says: an element is q * scale + bias.
+template <int FORMAT> FUNCTION void unpack_scale(uint word, THREAD(float)& scale, THREAD(float)& bias) {
+  scale = FORMAT == 2 ? half_bits_f32(word & 0xFFFFu) : FORMAT == 1 ? 256.0f * bits_f32(word) : bits_f32(word);
+  bias = FORMAT == 2 ? half_bits_f32(word >> 16) : 0.0f;
+}
+
+FUNCTION uint f32_fp8(float x) {
+  const uint bits = f32_bits(x);
+  const uint size = bits & 0x7FFFFFFFu;
+  const uint normal = ((size + 0x7FFFFu + ((size >> 20) & 1u)) >> 20) - (120u << 3);
+  const uint code = size < 0x3C800000u ? uint(round_even(bits_f32(size) * 512.0f)) : normal;
+  return (bits >> 24 & 0x80u) | (code < 0x7Eu ? code : 0x7Eu);
+}
+
+FUNCTION float limit(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// A SIMD-group stores a head; each lane has 8 consecutive elements, zero beyond the head.
+template <int FORMAT, int HEAD_SIZE> FUNCTION void
+store_head(const THREAD(float)* x, int lane, DEV(uint)* data, DEV(uint)* scales) {
+  constexpr int BITS = Element<FORMAT>::BITS;
+  constexpr int GROUP = HEAD_SIZE % 32 == 0 ? 32 : HEAD_SIZE % 16 == 0 ? 16 : 8;
+  const bool held = lane * 8 < HEAD_SIZE;
+  float low = x[0];
+  float high = x[0];
+  UNROLL for (int i = 1; i < 8; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  float scale = 1.0f;
+  float bias = 0.0f;
+  if constexpr (FORMAT == 2) {
+    UNROLL for (int step = GROUP / 16; step > 0; step /= 2) {
+      const float other_low = simd_shuffle_xor(low, step);
+      const float other_high = simd_shuffle_xor(high, step);
+      low = other_low < low ? other_low : low;
+      high = other_high > high ? other_high : high;
+    }
+    const uint bias_bits = f32_half_bits(limit(low, -65504.0f, 65504.0f));
+    bias = half_bits_f32(bias_bits);
+    const uint scale_bits = f32_half_bits(limit((high - bias) / 15.0f, -65504.0f, 65504.0f));
+    scale = half_bits_f32(scale_bits);
+    if (held && lane * 8 % GROUP == 0) scales[lane * 8 / GROUP] = scale_bits | bias_bits << 16;
+  } else if constexpr (FORMAT < 2) {
+    float largest = -low > high ? -low : high;
+    UNROLL for (int step = 16; step > 0; step /= 2) {
+      const float other = simd_shuffle_xor(largest, step);
+      largest = other > largest ? other : largest;
+    }
+    scale = largest / (FORMAT == 1 ? 448.0f : 127.0f);
+    if (lane == 0) scales[0] = f32_bits(scale);
+  }
+  scale = scale > 0.0f ? scale : 1.0f;
+  if (held) {
+    UNROLL for (int w = 0; w < BITS / 4; ++w) {
+      uint word = 0;
+      UNROLL for (int i = 0; i < 32 / BITS; ++i) {
+        const float y = x[w * (32 / BITS) + i];
+        uint code;
+        if constexpr (FORMAT == 0) code = uint(int(limit(round_even(y / scale), -127.0f, 127.0f))) & 0xFFu;
+        else if constexpr (FORMAT == 1) code = f32_fp8(y / scale);
+        else if constexpr (FORMAT == 2) code = uint(limit(round_even((y - bias) / scale), 0.0f, 15.0f));
+        else if constexpr (FORMAT == 3) code = f32_half_bits(y);
+        else if constexpr (FORMAT == 4) code = f32_bfloat_bits(y);
+        else code = f32_bits(y);
+        word |= code << (i * BITS % 32);
+      }
+      data[lane * (BITS / 4) + w] = word;
+    }
+  }
+}
