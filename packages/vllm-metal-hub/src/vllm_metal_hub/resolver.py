@@ -118,11 +118,8 @@ class _Resolution:
             snapshot, damaged = self.pulled_before()
             if snapshot is not None:
                 return snapshot
-            snapshot = (
-                adoption.adopt_huggingface(self._at("huggingface"), self.settings)
-                if self._asks("huggingface")
-                else None
-            )
+            if self._asks("huggingface"):
+                snapshot = adoption.adopt_huggingface(self._at("huggingface"), self.settings)
             if snapshot is not None:
                 return snapshot
         if self.settings.offline:
