@@ -17,7 +17,9 @@ from metal_models.decode_program import decode_program
 from metal_models.decode_step import DecodeStep, decode_step
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
+from metal_models.lora import LoraLayers
 from metal_models.registry import architecture_of
+from metal_models.row_projections import multiply_rows_together
 from metal_models.tracing import trace
 
 
@@ -37,6 +39,7 @@ class PagedModel:
         hidden_size: Width of a hidden row.
         dtype: Of hidden rows.
         nbytes: Size of the parameters.
+        lora: Its LoRA adapters; a step of rows that use some is computed within ``lora.applied``.
 
     Raises:
         UnsupportedModelError: A layer asks for something the paged cache does not have.
@@ -45,6 +48,7 @@ class PagedModel:
     def __init__(self, module: nn.Module, config: dict[str, Any], *, fused_decode: bool = True) -> None:
         self.module = module
         self.config = config
+        multiply_rows_together(module)
         self._split = HeadSplit(module)
         self._trace = trace(module, self._split, architecture_of(config))
         self.vocab_size = self._trace.vocab_size
@@ -53,6 +57,7 @@ class PagedModel:
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
         self._program = decode_program(module) if fused_decode and target() != "cpu" else None
         self._decode_step: DecodeStep | None = None
+        self.lora = LoraLayers(module, self.dtype)
         self._step = Step()
         self._views: list[Any] = []
         self._pool: KVCachePool | None = None
@@ -77,7 +82,7 @@ class PagedModel:
         """
         if pool is not self._pool:
             self._bind(pool)
-        if self._decode_step is not None and self._decode_step.serves(metadata):
+        if self._decode_step is not None and not self.lora.active and self._decode_step.serves(metadata):
             return self._decode_step(token_ids, metadata)
         self._step.begin(metadata)
         try:
