@@ -180,7 +180,8 @@ def test_failing_step_ends_its_requests_and_not_the_engine(engine: Callable[...,
         raise RuntimeError("[metal::malloc] Attempting to allocate too much")
 
     worker.model.forward = out_of_memory
-    llm.embed(inputs(PROMPTS[:1]), use_tqdm=False)
+    [failed] = llm.encode(inputs(PROMPTS[:1]), pooling_task="embed", use_tqdm=False)
+    assert failed.error is not None
     [got] = embed(llm, PROMPTS[:1])
     np.testing.assert_allclose(got, normalised(saved.rows(PROMPTS[0])[-1]), atol=2e-5)
 

@@ -30,7 +30,6 @@ def test_accepts(params: SamplingParams) -> None:
         (SamplingParams(extra_args={"kv_transfer_params": {"do_remote_decode": True}}), "kv_transfer_params"),
         (SamplingParams(trace_decode_token_ids=[1, 2]), "trace_decode_token_ids"),
         (SamplingParams(prompt_logprob_token_ids=np.array([[1]])), "prompt_logprob_token_ids"),
-        (PoolingParams(), "PoolingParams"),
     ],
 )
 def test_refuses_parameters(params: SamplingParams | PoolingParams, word: str) -> None:

@@ -29,13 +29,13 @@ from vllm_metal_plugin.forward_pass import ContiguousForward, ForwardPass, Paged
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.model_runner import ModelRunner
-from vllm_metal_plugin.pooler import build_pooler
-from vllm_metal_plugin.pooling_runner import PoolingRunner
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+    from vllm_metal_plugin.pooling_runner import PoolingRunner
 
 logger = metal_logger(__name__)
 
@@ -173,10 +173,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         ]
         forward_pass = self._forward_pass(kv_cache_config)
         if self.pools:
-            pooler = build_pooler(self.vllm_config, self.model)
-            self.runner: ModelRunner | PoolingRunner = PoolingRunner(
-                forward_pass, batch, pooler, block_sizes=block_sizes
-            )
+            self.runner: ModelRunner | PoolingRunner = self._pooling_runner(forward_pass, batch, block_sizes)
             return
         self.runner = ModelRunner(
             forward_pass,
@@ -186,6 +183,15 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             wait_before_dispatch=self.target == "cpu",
             debug=self.config.envs.debug,
         )
+
+    def _pooling_runner(
+        self, forward_pass: ForwardPass, batch: InputBatch, block_sizes: list[int | None]
+    ) -> "PoolingRunner":
+        # vLLM's poolers import many of its torch layers, which nothing else here needs.
+        from vllm_metal_plugin.pooler import build_pooler
+        from vllm_metal_plugin.pooling_runner import PoolingRunner
+
+        return PoolingRunner(forward_pass, batch, build_pooler(self.vllm_config, self.model), block_sizes=block_sizes)
 
     def _forward_pass(self, kv_cache_config: "KVCacheConfig") -> ForwardPass:
         if self.config.envs.use_paged_attention:

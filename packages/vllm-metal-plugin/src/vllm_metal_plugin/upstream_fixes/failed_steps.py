@@ -44,9 +44,13 @@ def install() -> None:
     original = Scheduler.update_from_output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if isinstance(model_runner_output, FailedStepOutput):
-            _fail(self, model_runner_output.failed_req_ids)
-        return original(self, scheduler_output, model_runner_output)
+        if not isinstance(model_runner_output, FailedStepOutput):
+            return original(self, scheduler_output, model_runner_output)
+        pooling = {req_id for req_id, request in self.requests.items() if request.pooling_params is not None}
+        _fail(self, model_runner_output.failed_req_ids)
+        outputs = original(self, scheduler_output, model_runner_output)
+        _mark(outputs, pooling)
+        return outputs
 
     Scheduler.update_from_output = update_from_output
 
@@ -62,6 +66,17 @@ def _fail(scheduler: Any, failed: set[str]) -> None:
     scheduler.kv_cache_manager.evict_blocks(tainted)
     # The scheduler finishes the requests in this set with an error at the end of every update.
     scheduler.encoder_cache_mismatch_reqs.update((failed | sharing) & scheduler.requests.keys())
+
+
+def _mark(outputs: Any, pooling: set[str]) -> None:
+    """Let the front end see that requests to be pooled failed.
+
+    Of all errors it knows one for them, a missing multi-modal input, and takes their outputs for text otherwise.
+    """
+    for client in outputs.values():
+        for output in client.outputs:
+            if output.request_id in pooling and output.finish_reason is not None and output.pooling_output is None:
+                output.mm_cache_miss_hashes = ["failed step"]
 
 
 def _blocks(scheduler: Any, req_id: str) -> set[int]:
