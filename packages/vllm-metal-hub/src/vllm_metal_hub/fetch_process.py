@@ -82,6 +82,7 @@ def fetch_environment(settings: HubSettings) -> dict[str, str]:
         "MODELSCOPE_API_CONNECT_TIMEOUT": seconds,
         "MODELSCOPE_DOWNLOAD_TIMEOUT": seconds,
         "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": seconds,
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": str(settings.retries),
     }
     for name, value in defaults.items():
         env.setdefault(name, value)

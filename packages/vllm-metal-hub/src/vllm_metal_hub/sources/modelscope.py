@@ -39,7 +39,7 @@ class ModelScope:
                 f"{repo}@{branch}",
                 lambda: self._client.list_repo_files(repo, "model", revision=branch, recursive=True),
             )
-        except TransientError as error:  # the library has tried four times
+        except TransientError as error:  # the library has tried as often as we would
             raise NetworkError(
                 f"[pull] expected the file list of {repo}, got {error}. Check the network, or try another source."
             ) from error
