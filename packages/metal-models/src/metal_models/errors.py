@@ -4,7 +4,8 @@
 
     MetalModelsError
     ├── UnsupportedModelError   the architecture does not page; nothing is wrong with the files
-    └── CheckpointError         the files are incomplete, damaged or do not fit the architecture
+    ├── CheckpointError         the files are incomplete, damaged or do not fit the architecture
+    └── AdapterError            a LoRA adapter is incomplete, damaged or does not fit the model
 """
 
 
@@ -32,3 +33,7 @@ class UnsupportedModelError(MetalModelsError):
 
 class CheckpointError(MetalModelsError):
     """A model directory is incomplete, damaged, or does not fit its own config."""
+
+
+class AdapterError(MetalModelsError):
+    """A LoRA adapter is incomplete, damaged, or does not fit the model."""
