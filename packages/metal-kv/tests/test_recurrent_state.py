@@ -81,9 +81,9 @@ def test_what_is_written_is_read() -> None:
     states = [
         mx.random.normal((2, *shape)).astype(dtype) for shape, dtype in zip(STATE.shapes, STATE.dtypes, strict=True)
     ]
-    layer.write_states(states, np.array([4, 2], np.int32))
+    layer.write_states(states, mx.array([4, 2]))
     mx.eval(pool.arrays())
-    read = layer.read_states(np.array([2, 4], np.int32))
+    read = layer.read_states(mx.array([2, 4]))
     for array, written in zip(read, states, strict=True):
         assert array.dtype == written.dtype
         assert mx.array_equal(array, written[::-1])
@@ -92,23 +92,23 @@ def test_what_is_written_is_read() -> None:
 def test_any_bits_survive() -> None:
     pool = KVCachePool(CacheLayout.from_groups([CacheGroup(("s",), RecurrentStateSpec(1, ((6,),), (mx.uint32,)))], 3))
     bits = mx.array([[0x7FC00001, 0xFFFFFFFF, 0x00000001, 0x7F800001, 0x80000000, 12345]], mx.uint32)
-    pool.layer("s").write_states([bits], np.array([2], np.int32))
+    pool.layer("s").write_states([bits], mx.array([2]))
     mx.eval(pool.arrays())
-    assert pool.layer("s").read_states(np.array([2], np.int32))[0].tolist() == bits.tolist()
+    assert pool.layer("s").read_states(mx.array([2]))[0].tolist() == bits.tolist()
 
 
 def test_misshapen_states_and_other_layers_are_refused() -> None:
     pool = hybrid_pool(4)
     with pytest.raises(MetalKVError, match="expected arrays of shapes"):
-        pool.layer("state").write_states(states_of([1.0, 2.0]), np.array([1], np.int32))
+        pool.layer("state").write_states(states_of([1.0, 2.0]), mx.array([1]))
     with pytest.raises(MetalKVError, match="expected a recurrent layer"):
-        pool.layer("rows").read_states(np.array([1], np.int32))
+        pool.layer("rows").read_states(mx.array([1]))
 
 
 def test_writing_copies_no_slab() -> None:
     spec = RecurrentStateSpec(1, ((1024,),), (mx.float32,))
     pool = KVCachePool(CacheLayout.from_groups([CacheGroup(("s",), spec)], 4096))
-    layer, ids = pool.layer("s"), np.array([7, 9], np.int32)
+    layer, ids = pool.layer("s"), mx.array([7, 9])
     for step in range(3):
         mx.eval(pool.arrays())
         mx.reset_peak_memory()
@@ -168,9 +168,9 @@ def test_every_request_reads_its_own_state_under_any_schedule(
         metadata = AttentionMetadata.build(starts, lens, np.array([request["rows"]], np.int32), size)
         rows.write(mx.full((count, 1, 4), mx.nan), mx.full((count, 1, 4), mx.nan), metadata)
         blocks = state_blocks(batch([count], [total], [request["state"]]), size)
-        before = values_of(layer.read_states(blocks.before)) if computed else [0.0]
+        before = values_of(layer.read_states(mx.array(blocks.before))) if computed else [0.0]
         assert before == [float(sum(request["tokens"][:computed]))]
-        layer.write_states(states_of([before[0] + sum(request["tokens"][computed:])]), blocks.after)
+        layer.write_states(states_of([before[0] + sum(request["tokens"][computed:])]), mx.array(blocks.after))
         mx.eval(pool.arrays())
         request["ends"].append(total)
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import TypeVar
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kernels import (
@@ -20,7 +19,7 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
 from metal_kv.key_value_pages import attend_rows, write_rows
 from metal_kv.layout import CacheLayout, LayerPlace
-from metal_kv.recurrent_state import copy_pages, movable_pages, write_states
+from metal_kv.recurrent_state import movable_pages, read_states, write_states
 from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec
 
 _Result = TypeVar("_Result")
@@ -67,10 +66,10 @@ class _Slab:
         if self._shared and output.size:
             self._reads.append(output[0, 0].astype(mx.float32).sum())
 
-    def note_copy(self, rows: mx.array) -> None:
-        """Remember that ``rows`` are copied from the array, which is rewritten in the same step."""
+    def note_copies(self, copies: Sequence[mx.array]) -> None:
+        """Remember that ``copies`` are taken from the array, which is rewritten in the same step."""
         if target() == "cpu":
-            self._reads.append(rows)
+            self._reads.extend(copies)
 
     def pending(self) -> list[mx.array]:
         """Arrays to evaluate so that everything built so far on this slab is done."""
@@ -255,15 +254,15 @@ class LayerCache:
         self._slab.note_read(output)
         return output
 
-    def read_states(self, block_ids: Int32[np.ndarray, "states"]) -> tuple[mx.array, ...]:
+    def read_states(self, block_ids: Int32[mx.array, "states"]) -> tuple[mx.array, ...]:
         """Return the states in some blocks: for each array of a state, ``[states, *shape]``."""
         spec = self._state_spec("read_states")
         pages = self._slab.view(*movable_pages(self._shape[0], spec.page_size_bytes))
-        rows = copy_pages(pages, block_ids, self._slab.state_token)
-        self._slab.note_copy(rows)
-        return spec.unpack(rows.reshape(len(block_ids), -1).view(spec.page_dtype))
+        states = read_states(pages, block_ids, spec, self._slab.state_token)
+        self._slab.note_copies(states)
+        return states
 
-    def write_states(self, states: Sequence[mx.array], block_ids: Int32[np.ndarray, "states"]) -> None:
+    def write_states(self, states: Sequence[mx.array], block_ids: Int32[mx.array, "states"]) -> None:
         """Replace the states in some blocks; a later step reads them.
 
         Args:
@@ -272,7 +271,7 @@ class LayerCache:
             block_ids: Blocks, all different, none of them the null block.
         """
         spec = self._state_spec("write_states")
-        expected = tuple((len(block_ids), *shape) for shape in spec.shapes)
+        expected = tuple((block_ids.size, *shape) for shape in spec.shapes)
         if tuple(state.shape for state in states) != expected:
             raise MetalKVError(
                 f"[LayerCache.write_states] expected arrays of shapes {expected} for layer {self.name!r}, got "

@@ -70,22 +70,28 @@ def movable_pages(num_blocks: int, page_size: int) -> tuple[tuple[int, ...], mx.
     return (num_blocks, 2, 1, 1, page_size // (2 * dtype.size)), dtype
 
 
-def copy_pages(
+def read_states(
     pages: Float[mx.array, "blocks 2 1 1 words"],
-    block_ids: Int32[np.ndarray, "copies"],
+    block_ids: Int32[mx.array, "states"],
+    spec: RecurrentStateSpec,
     order_token: mx.array | None,
-) -> Float[mx.array, "copies 2 1 1 words"]:
-    """Return copies of some blocks of a layer's pages, read after ``order_token``."""
-    ids = mx.array(block_ids)
-    return kernels.gather_blocks(pages, ids, order_token) if kernels.move_pages(pages) else pages[ids]
+) -> tuple[mx.array, ...]:
+    """Return the states in some blocks, read after ``order_token``."""
+    if kernels.move_states(pages, spec.shapes, spec.dtypes):
+        return tuple(kernels.gather_states(pages, block_ids, spec.shapes, spec.dtypes, order_token))
+    rows = kernels.gather_blocks(pages, block_ids, order_token) if kernels.move_pages(pages) else pages[block_ids]
+    return spec.unpack(rows.reshape(block_ids.size, -1).view(spec.page_dtype))
 
 
 def write_states(
     pages: Float[mx.array, "blocks 2 1 1 words"],
-    block_ids: Int32[np.ndarray, "states"],
+    block_ids: Int32[mx.array, "states"],
     spec: RecurrentStateSpec,
     states: Sequence[mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """Write states over whole blocks; return the pages and an order token, as ``reshape_and_cache`` does."""
+    """Write states to the start of their pages; return the pages and an order token, as ``reshape_and_cache`` does."""
+    if kernels.move_states(pages, spec.shapes, spec.dtypes):
+        typed = [state.astype(dtype) for state, dtype in zip(states, spec.dtypes, strict=True)]
+        return kernels.scatter_states(pages, block_ids, typed)
     rows = spec.pack(states).view(pages.dtype).reshape(block_ids.size, 2, 1, -1)
-    return reshape_and_cache(rows[:, 0], rows[:, 1], pages, mx.array(block_ids))
+    return reshape_and_cache(rows[:, 0], rows[:, 1], pages, block_ids)

@@ -57,6 +57,13 @@ def _runs(batch: RaggedBatch) -> list[SequenceRun]:
     ]
 
 
+def _state_ids(batch: RaggedBatch, block_size: int) -> tuple[list[mx.array], mx.array]:
+    """Return the blocks of the states that each run continues, and those of the states that all runs leave."""
+    runs, blocks = sequence_runs(batch), state_blocks(batch, block_size)
+    before = [mx.array(blocks.before[run.requests]) for run in runs]
+    return before, mx.array(np.concatenate([blocks.after[run.requests] for run in runs]))
+
+
 class StateView:
     """What a recurrent module sees in place of mlx-lm's ``ArraysCache``; the states lie in one layer of a pool.
 
@@ -86,20 +93,17 @@ class StateView:
         the first position of each sequence. Other arguments go to every call as they are.
         """
         metadata = self._step.metadata[self._layer.group]
-        blocks = state_blocks(metadata.batch, self._layer.spec.block_size)
-        runs = sequence_runs(metadata.batch)
+        batch, block_size = metadata.batch, self._layer.spec.block_size
+        before, after = batch.once(("state ids", block_size), lambda: _state_ids(batch, block_size))
         outputs, states = [], []
-        for run in runs:
+        for run, block_ids in zip(sequence_runs(batch), before, strict=True):
             arrays: Any = ArraysCache(self._size)
             if not run.fresh:
-                arrays.cache = list(self._layer.read_states(blocks.before[run.requests]))
+                arrays.cache = list(self._layer.read_states(block_ids))
             cut = _Cut(self._step.positions, self, arrays, run)
             outputs.append(cut.to_rows(call(*map(cut, args), **{name: cut(value) for name, value in kwargs.items()})))
             states.append(arrays.cache)
-        self._layer.write_states(
-            [_join(list(parts)) for parts in zip(*states, strict=True)],
-            np.concatenate([blocks.after[run.requests] for run in runs]),
-        )
+        self._layer.write_states([_join(list(parts)) for parts in zip(*states, strict=True)], after)
         return _join(outputs)
 
 

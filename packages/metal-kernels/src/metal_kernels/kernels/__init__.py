@@ -29,6 +29,7 @@ from metal_kernels.kernels.quantized_decode import quantized_decode
 from metal_kernels.kernels.quantized_step import quantized_paged_attention
 from metal_kernels.kernels.rope_and_cache import rope_and_cache
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
+from metal_kernels.kernels.states import gather_states, move_states, scatter_states
 from metal_kernels.kernels.step import paged_attention
 
 __all__ = [
@@ -41,10 +42,12 @@ __all__ = [
     "copy_blocks",
     "decode_kernel",
     "gather_blocks",
+    "gather_states",
     "mla_attention",
     "mla_decode",
     "mla_decode_kernel",
     "move_pages",
+    "move_states",
     "own_pages",
     "page_kernels",
     "paged_attention",
@@ -58,5 +61,6 @@ __all__ = [
     "rope_and_cache",
     "row_kernels",
     "silu_and_mul",
+    "scatter_states",
     "writes_in_place",
 ]
