@@ -141,48 +141,61 @@ def checks(quick: bool) -> None:
             case(name, lambda d=dtype, h=head_size: check_attention(d, h))
 
 
-def seconds(step: Callable[[int], list[mx.array]], calls: int = 20, repeats: int = 7) -> float:
-    """Median time of one of ``calls`` calls evaluated together."""
+def seconds(step: Callable[[mx.array], mx.array], value: mx.array, links: int) -> float:
+    """Time of one link of a chain: ``step`` makes ``links`` of them, each from the result of the one before.
+
+    Several steps are under way at once, so that the device never waits for the host; the least of five runs.
+    """
+    mx.eval(step(value), step(value))
     times = []
-    for repeat in range(repeats + 2):
-        start = time.perf_counter()
-        mx.eval([step(i) for i in range(calls)])
-        mx.synchronize()
-        if repeat > 1:
-            times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times))
+    for _ in range(5):
+        start, last = time.perf_counter(), value
+        for _ in range(6):
+            last = step(last)
+            mx.async_eval(last)
+        mx.eval(last)
+        times.append((time.perf_counter() - start) / (6 * links))
+    return min(times)
 
 
 def copy_bandwidth() -> float:
     """Bytes per second read and written by an elementwise operation."""
     data = mx.zeros((256, 1024, 1024), mx.bfloat16)
     mx.eval(data)
-    return 2 * data.nbytes / seconds(lambda i: [data + i], calls=4)
+    return 2 * data.nbytes / seconds(lambda values: values + 1, data, 1)
+
+
+LAYERS = 28  # of the chain that is timed
 
 
 def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth: float) -> str:
     batch, blocks = batch_of([context] * reqs, 16)
-    layers = 4  # so that a layer's pages are not still in the processor's cache
-    caches = [mx.random.normal((blocks, 2, 16, kv_heads, 128)).astype(mx.bfloat16) for _ in range(layers)]
+    # Four caches take turns, so that a layer's pages are not still in the processor's cache.
+    caches = [mx.random.normal((blocks, 2, 16, kv_heads, 128)).astype(mx.bfloat16) for _ in range(4)]
     query = mx.random.normal((reqs, q_heads, 128)).astype(mx.bfloat16)
-    rows = mx.random.normal((reqs, kv_heads, 128)).astype(mx.bfloat16)
-    slots = mx.array(batch.block_table[:, -1] * 16 + 15)
-    mx.eval(caches, query, rows, slots)
-    for cache in caches:  # so that the twin sees the rows that the timed writes repeat
-        mx.eval(kernels.reshape_and_cache(rows, rows, cache, slots)[1])
+    slots = mx.array(batch.block_table[:, (context - 1) // 16] * 16 + (context - 1) % 16)
+    mx.eval(caches, query, slots)
     decode = kernels.decode_kernel(metal_kernels.target(), query.dtype, query.dtype, 128, 16, q_heads // kv_heads)
 
-    def attend(i: int, token: mx.array | None = None) -> list[mx.array]:
-        cache = caches[i % layers]
-        return [kernels.paged_attention(query, cache, batch, decode, scale=128**-0.5, order_token=token)]
+    def attend(rows: mx.array, cache: mx.array, token: mx.array | None = None) -> mx.array:
+        return kernels.paged_attention(rows, cache, batch, decode, scale=128**-0.5, order_token=token)
 
-    def write_and_attend(i: int) -> list[mx.array]:
-        token = kernels.reshape_and_cache(rows, rows, caches[i % layers], slots)[1]
-        return attend(i, token)
+    def write_and_attend(rows: mx.array, cache: mx.array) -> mx.array:
+        # The rows written come from the layer before, as a model's do.
+        token = kernels.reshape_and_cache(rows[:, :kv_heads], rows[:, :kv_heads], cache, slots)[1]
+        return attend(rows, cache, token)
 
-    want = reference.paged_attention(query, caches[0], batch, scale=128**-0.5)
-    close(write_and_attend(0)[0], want, query.dtype)
-    alone, both = seconds(attend), seconds(write_and_attend)
+    def chain(layer: Callable[[mx.array, mx.array], mx.array]) -> float:
+        def step(rows: mx.array) -> mx.array:
+            for index in range(LAYERS):
+                rows = layer(rows, caches[index % 4])
+            return rows
+
+        return seconds(mx.compile(step), query, LAYERS)
+
+    want = reference.paged_attention(query.astype(mx.float32), caches[0].astype(mx.float32), batch, scale=128**-0.5)
+    close(attend(query, caches[0]), want, query.dtype)
+    alone, both = chain(attend), chain(write_and_attend)
     rate = 2 * reqs * context * kv_heads * 128 * 2 / alone
     return (
         f"{alone * 1e6:.1f} us, {rate / 1e9:.0f} GB/s, {100 * rate / bandwidth:.0f} % of copying; "

@@ -123,27 +123,24 @@ def _cut(
     blocks: int,
 ) -> tuple[Int32[np.ndarray, "ranges 4"], Int32[np.ndarray, "decodes 2"]]:
     """Return ``work`` and ``ranges`` of a plan whose tables have ``blocks`` entries for each request."""
-    ends = batch.seq_lens[requests].astype(np.int64)
+    ends, rows = batch.seq_lens[requests], batch.query_start_loc[requests]
     begins = np.zeros_like(ends) if sliding_window is None else np.maximum(0, ends - sliding_window)
     num_keys = ends - begins
     target_keys = max(_MIN_RANGE, int(num_keys.sum()) * simdgroups_per_range / wanted_simdgroups())
-    counts = np.maximum(1, np.rint(num_keys / target_keys)).astype(np.int64)
+    if num_keys.max() < 1.5 * target_keys:
+        counts = np.ones_like(ends)
+        first = np.arange(len(requests), dtype=np.int32)
+        return np.stack([rows, requests * blocks, begins, ends], axis=1), np.stack([first, counts], axis=1)
+    counts = np.maximum(1, np.rint(num_keys / target_keys)).astype(np.int32)
     lengths = -(-num_keys // counts)
     lengths = np.where(counts > 1, -(-lengths // _ROUND) * _ROUND, lengths)
     counts = -(-num_keys // lengths)
-    first = np.cumsum(counts) - counts
+    first = np.cumsum(counts, dtype=np.int32) - counts
     request = np.repeat(np.arange(len(requests)), counts)
-    range_begins = begins[request] + (np.arange(counts.sum()) - first[request]) * lengths[request]
-    work = np.stack(
-        [
-            batch.query_start_loc[requests][request],
-            requests[request] * blocks,
-            range_begins,
-            np.minimum(range_begins + lengths[request], ends[request]),
-        ],
-        axis=1,
-    )
-    return work.astype(np.int32), np.stack([first, counts], axis=1).astype(np.int32)
+    range_begins = begins[request] + (np.arange(len(request), dtype=np.int32) - first[request]) * lengths[request]
+    range_ends = np.minimum(range_begins + lengths[request], ends[request])
+    work = np.stack([rows[request], requests[request] * blocks, range_begins, range_ends], axis=1)
+    return work.astype(np.int32), np.stack([first, counts], axis=1)
 
 
 def wanted_simdgroups() -> int:

@@ -73,6 +73,7 @@ class DecodeStep:
         self._program = program
         self._caches = list(caches)
         self._keys = [_plan_key(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)]
+        self._distinct = tuple(dict.fromkeys(self._keys))
         self._compiled = compiled
         self._rings: dict[int, deque[_Slot]] = {}
         self._graphs: dict[_StepSizes, Callable[[mx.array, mx.array], mx.array]] = {}
@@ -92,7 +93,7 @@ class DecodeStep:
             metadata: One per cache group.
         """
         rows = metadata[0].batch.num_reqs
-        sizes, packed = _packed(metadata, self._keys)
+        sizes, packed = _packed(metadata, self._distinct)
         graph = self._graphs.get(sizes)
         if graph is None:
             graph = partial(self._run, sizes)
@@ -174,13 +175,13 @@ def _plan_key(cache: LayerCache, q_heads: int) -> _PlanKey:
 def _packed(
     metadata: Sequence[AttentionMetadata], keys: Sequence[_PlanKey]
 ) -> tuple[_StepSizes, Int32[np.ndarray, "elements"]]:
-    """Return positions, then slots and plan for each distinct key, as one array: it travels to the device at once."""
+    """Return positions, then slots and plan for each of ``keys``, as one array: it travels to the device at once."""
     batch = metadata[0].batch
     reqs = next(bucket for bucket in _BUCKETS if bucket >= batch.num_reqs)
     positions = np.zeros(max(_MIN_ELEMENTS, reqs), np.int32)
     positions[: batch.num_reqs] = batch.seq_lens - 1
     parts, plans = [positions], []
-    for key in dict.fromkeys(keys):
+    for key in keys:
         group = metadata[key.group]
         slots = np.full(len(positions), -1, np.int32)
         slots[: batch.num_reqs] = np.asarray(group.slot_mapping)
