@@ -212,8 +212,9 @@ def _shape(layer: Any) -> tuple[int, int]:
 
 def _adapt(layer: Any, lora: LoraLayers, name: str) -> None:
     """Let a layer ask for its additions; idempotent."""
-    if not getattr(type(layer), "takes_adapters", False):
-        layer.__class__ = _adapted(type(layer))
+    kind: Any = type(layer)
+    if not getattr(kind, "takes_adapters", False):
+        layer.__class__ = _adapted(kind)
         object.__setattr__(layer, "_lora", (lora, name))
 
 

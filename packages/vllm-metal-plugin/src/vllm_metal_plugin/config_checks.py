@@ -51,8 +51,6 @@ def _features(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     if config.kv_transfer_config is not None:
         connector = config.kv_transfer_config.kv_connector
         yield (f"expected no --kv-transfer-config, got connector {connector}. KV transfer is not supported; drop it.")
-    if config.lora_config is not None:
-        yield "expected no --enable-lora. LoRA adapters are not supported in this version; drop the option."
     if config.speculative_config is not None:
         method = config.speculative_config.method
         yield (f"expected no --speculative-config, got method {method}. It is not supported in this version; drop it.")
@@ -96,6 +94,19 @@ def _pooling(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         yield f"expected no --enable-prefix-caching with {pooling} pooling, which takes a prompt whole. Drop it."
 
 
+def _lora(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
+    lora = config.lora_config
+    if lora is None:
+        return
+    if not envs.use_paged_attention:
+        yield "expected VLLM_METAL_USE_PAGED_ATTENTION=1 with --enable-lora, got 0. Unset it."
+    if lora.target_modules is not None:
+        yield (
+            f"expected no --lora-target-modules, got {', '.join(lora.target_modules)}. An adapter is applied to all "
+            "modules that it is for; drop the option."
+        )
+
+
 def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     load_format = str(config.load_config.load_format)
     if load_format not in LOAD_FORMATS:
@@ -108,5 +119,6 @@ CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _features,
     _model,
     _pooling,
+    _lora,
     _loading,
 )

@@ -14,6 +14,7 @@ from metal_kv import BlockTable
 from vllm_metal_plugin.sampling import PromptLogprobs, SamplingState
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.pooling_params import PoolingParams
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -34,6 +35,7 @@ class RequestState:
     prompt_logprobs: PromptLogprobs | None = None
     pooling_params: "PoolingParams | None" = None
     pooling_states: PoolingStates = field(default_factory=PoolingStates)
+    lora_request: "LoRARequest | None" = None
 
 
 class InputBatch:
@@ -117,6 +119,7 @@ class InputBatch:
             req_id=new.req_id,
             sampling_params=new.sampling_params or SamplingParams(),
             pooling_params=new.pooling_params,
+            lora_request=new.lora_request,
             token_ids=np.asarray(tokens, np.int32),
             num_prompt_tokens=len(new.prompt_token_ids or []),
         )

@@ -28,10 +28,12 @@ from vllm_metal_plugin.device import device_name, select_device
 from vllm_metal_plugin.forward_pass import ContiguousForward, ForwardPass, PagedForward
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
+from vllm_metal_plugin.lora import LoraAdapters, LoraForward
 from vllm_metal_plugin.model_runner import ModelRunner
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -65,6 +67,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             self.model.nbytes / 1e9,
             time.perf_counter() - start,
         )
+        self.adapters = LoraAdapters.from_vllm(self.model.lora, self.lora_config)
 
     def get_kv_cache_spec(self) -> dict[str, "KVCacheSpec"]:
         """What the scheduler must know of each layer's cache."""
@@ -106,7 +109,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             limit.total_bytes,
             limit.fraction,
             model_memory=self.model.nbytes,
-            overhead=overhead,
+            overhead=overhead + self.adapters.reserved_bytes,
             per_block_bytes=bytes_per_block(groups),
             block_size=self.cache_config.block_size,
             kv_budget_limit=limit.kv_cache_cap_bytes,
@@ -172,6 +175,8 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
         ]
         forward_pass = self._forward_pass(kv_cache_config)
+        if self.lora_config is not None:
+            forward_pass = LoraForward(forward_pass, self.model.lora, self.adapters)
         if self.pools:
             self.runner: ModelRunner | PoolingRunner = self._pooling_runner(forward_pass, batch, block_sizes)
             return
@@ -229,6 +234,22 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
 
     def execute_dummy_batch(self) -> None:
         """Data-parallel ranks compute nothing together."""
+
+    def add_lora(self, lora_request: "LoRARequest") -> bool:
+        """Load an adapter."""
+        return self.adapters.add(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter."""
+        return self.adapters.remove(lora_id)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter loaded."""
+        return self.adapters.pin(lora_id)
+
+    def list_loras(self) -> set[int]:
+        """Return the numbers of the adapters that are loaded."""
+        return self.adapters.ids
 
     def synchronize_device(self) -> None:
         """Wait for everything dispatched."""
