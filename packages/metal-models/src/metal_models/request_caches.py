@@ -49,13 +49,14 @@ def restore(new: Caches, pieces: Sequence[Sequence[mx.array]], length: int, stat
         length: Tokens that they are of.
         states: What ``snapshot`` returned after that many tokens, if there are caches that cannot be cut.
     """
-    arrays = (parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2) for parts in pieces)
+    arrays = (parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=-2) for parts in pieces)
     left = iter(states or ())
     restored = []
     for cache in new:
         if cuttable(cache):
             # Arrays of our own: writing to an array changes it for everybody who has the same object.
-            restored.append(KVCache.from_state((mx.array(next(arrays)), mx.array(next(arrays)), length)))
+            cache.state = (mx.array(next(arrays)), mx.array(next(arrays)), length)
+            restored.append(cache)
         else:
             restored.append(_copy(next(left)))
     return restored
@@ -63,7 +64,8 @@ def restore(new: Caches, pieces: Sequence[Sequence[mx.array]], length: int, stat
 
 def _copy(cache: Any) -> Any:
     state = tree_map(lambda leaf: mx.array(leaf) if isinstance(leaf, mx.array) else leaf, cache.state)
-    return type(cache).from_state(state)
+    make: Any = type(cache).from_state
+    return make(state)
 
 
 def _leaves(state: Any) -> Any:
