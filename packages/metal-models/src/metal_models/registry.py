@@ -18,6 +18,7 @@ from metal_models.tracing import trace
 _ADAPTED = {
     "afm7",
     "baichuan_m1",
+    "bitnet",
     "deepseek_v2",
     "deepseek_v32",
     "gear",
