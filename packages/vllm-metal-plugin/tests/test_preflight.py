@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vllm_metal_plugin.errors import ModelFilesError
-from vllm_metal_plugin.preflight import check_model_files
+from vllm_metal_plugin.preflight import check_model_files, keeps_states
 
 
 @pytest.fixture
@@ -41,3 +41,11 @@ def test_unknown_architecture(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "nobody_knows_it"}))
     with pytest.raises(ModelFilesError, match="nobody_knows_it"):
         check_model_files(str(copy))
+
+
+def test_which_models_keep_states(model_dir: Path, tmp_path: Path) -> None:
+    assert not keeps_states(str(model_dir))
+    config = {"model_type": "mamba", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "state_size": 4}
+    rest = {"num_hidden_layers": 1, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | rest))
+    assert keeps_states(str(tmp_path))
