@@ -6,6 +6,7 @@ is 1 if a case failed. ``--quick`` measures fewer shapes.
 
 import argparse
 import sys
+from functools import partial
 
 import metal_kernels  # isort: skip  before MLX: it sets MLX's limits
 import gpu_check
@@ -76,27 +77,35 @@ def decode_time(
 ) -> tuple[float, int]:
     """Return seconds of an attention call, and the bytes of keys and values that it reads."""
     batch, blocks = batch_of([context] * reqs, 16)
-    layers = 3  # so that a layer's pages are not still in the processor's cache
+    layers = 4  # so that a layer's pages are not still in the processor's cache
     query = mx.random.normal((reqs, q_heads, 128)).astype(mx.bfloat16)
     mx.eval(query)
     target, group = metal_kernels.target(), q_heads // kv_heads
     if row_format is None:
         caches = [mx.random.normal((blocks, 2, 16, kv_heads, 128)).astype(mx.bfloat16) for _ in range(layers)]
-        mx.eval(caches)
+        size = reqs * context * kv_heads * 128 * 4
         plain = kernels.decode_kernel(target, query.dtype, mx.bfloat16, 128, 16, group)
-        step = lambda i: [kernels.paged_attention(query, caches[i % layers], batch, plain, scale=128**-0.5)]  # noqa: E731
-        return seconds(step), reqs * context * kv_heads * 128 * 4
-    pages = [filled(row_format, blocks, 16) for _ in range(layers)]
-    decode = kernels.quantized_decode_kernel(target, query.dtype, row_format, group)
+        attend = partial(kernels.paged_attention, batch=batch, decode=plain, scale=128**-0.5)
+    else:
+        caches = [filled(row_format, blocks, 16) for _ in range(layers)]
+        size = reqs * context * row_format.row_bytes
+        decode = kernels.quantized_decode_kernel(target, query.dtype, row_format, group)
+        attend = partial(
+            kernels.quantized_paged_attention, batch=batch, row_format=row_format, decode=decode, scale=128**-0.5
+        )
+        want = reference.quantized_paged_attention(
+            query[:1], caches[0], batch_of_first(batch), row_format, scale=128**-0.5
+        )
+        close(attend(query, caches[0])[:1], want, query.dtype)
+    mx.eval(caches)
 
-    def attend(i: int) -> list[mx.array]:
-        return [
-            kernels.quantized_paged_attention(query, pages[i % layers], batch, row_format, decode, scale=128**-0.5)
-        ]
+    def chain(value: mx.array) -> mx.array:
+        for _ in range(7):
+            for cache in caches:
+                value = attend(value, cache)
+        return value
 
-    want = reference.quantized_paged_attention(query[:1], pages[0], batch_of_first(batch), row_format, scale=128**-0.5)
-    close(attend(0)[0][:1], want, query.dtype)
-    return seconds(attend), reqs * context * row_format.row_bytes
+    return seconds(chain, query, 7 * layers), size
 
 
 def batch_of_first(batch: metal_kernels.RaggedBatch) -> metal_kernels.RaggedBatch:
@@ -116,16 +125,6 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int) -> str:
     return "; ".join(lines)
 
 
-def write_speed(tokens: int) -> str:
-    row_format = RowFormat(8, 128, "int8", "int8")
-    pages = mx.zeros((4096, 16, row_format.row_words), mx.uint32)
-    rows = mx.random.normal((tokens, 8, 128)).astype(mx.bfloat16)
-    slots = mx.arange(16, tokens + 16, dtype=mx.int32)
-    mx.eval(pages, rows, slots)
-    taken = seconds(lambda _: [kernels.quantized_reshape_and_cache(rows, rows, pages, slots, row_format)[1]])
-    return f"{taken * 1e6:.1f} us"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="measure fewer shapes")
@@ -139,8 +138,6 @@ def main() -> int:
     for shape in shapes[1:2] if quick else shapes:
         name = "decode, batch {}, context {}, {}/{} heads x 128".format(*shape)
         case(name, lambda s=shape: decode_speed(*s))
-    for tokens in (32, 4096):
-        case(f"int8 write, {tokens} tokens x 8 heads x 128", lambda t=tokens: write_speed(t))
     print(f"{gpu_check.failures} failed")
     return min(gpu_check.failures, 1)
 

@@ -82,10 +82,12 @@ def test_head_sizes_are_written(head_size):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("int8", "int8"), ("fp8_e4m3", "int4"), ("int4", "bfloat16"), ("float16", "float32")]
+    ("key", "value"),
+    [("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"), ("fp8_e4m3", "int4"), ("int4", "bfloat16"), ("float16", "float32")],
 )
-def test_formats(key, value):
-    check_attention(RowFormat(2, 64, key, value), [70, 1, 9], 2)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+def test_formats(key, value, dtype):
+    check_attention(RowFormat(2, 64, key, value), [70, 1, 9], 2, dtype)
 
 
 @pytest.mark.parametrize("window", [1, 33])
@@ -95,7 +97,7 @@ def test_sliding_window_over_ranges(window):
 
 @pytest.mark.parametrize("seq_lens", [[5, 9], [700]], ids=["direct", "split"])
 def test_soft_cap_and_sinks(seq_lens):
-    check_attention(RowFormat(1, 64, "fp8_e4m3", "int8"), seq_lens, 2, soft_cap=3.0, sinks=True)
+    check_attention(RowFormat(1, 64, "fp8_e4m3", "int8"), seq_lens, 2, mx.float16, soft_cap=3.0, sinks=True)
 
 
 def test_query_heads_in_several_threadgroups():
@@ -134,6 +136,40 @@ def test_every_head_has_its_place(head_size, group):
     assert variant.lanes * variant.width >= head_size
     assert (variant.parts - 1) * variant.heads < group <= variant.parts * variant.heads
     assert variant.simdgroups * variant.heads * (head_size + 2) * 4 <= 32 * 1024
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 64])
+def test_every_head_has_its_place_in_matrices(group):
+    variant = kernels.quantized_decode_kernel(
+        "metal", mx.float16, RowFormat(1, 128, "int8", "fp8_e4m3"), group
+    ).variant
+    assert variant.heads <= 8
+    assert (variant.parts - 1) * variant.heads < group <= variant.parts * variant.heads
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_head_sizes_in_matrices(head_size):
+    check_attention(RowFormat(1, head_size, "fp8_e4m3", "int8"), [40, 3], 3, mx.float16)
+
+
+def test_values_of_very_different_size():
+    """Weights are relative to the largest scale so far, which grows from key to key."""
+    row_format = RowFormat(1, 64, "int8", "int8")
+    rng = np.random.default_rng(1)
+    batch, blocks = batch_of(rng, [1], [100], BLOCK)
+    pages = mx.zeros((blocks, BLOCK, row_format.row_words), mx.uint32)
+    slots = (batch.block_table[0, :25, None] * BLOCK + np.arange(BLOCK)).ravel().astype(np.int32)
+    value = rng.normal(size=(100, 1, 64)) * 10.0 ** np.linspace(-6, 4, 100)[:, None, None]
+    value[:3] = 0
+    key = mx.array(rng.normal(size=(100, 1, 64)), mx.float32)
+    pages, _ = reference.quantized_reshape_and_cache(
+        key, mx.array(value, mx.float32), pages, mx.array(slots), row_format
+    )
+    query = mx.array(rng.normal(size=(1, 2, 64)) * 1e-3).astype(mx.float16)
+    decode = kernels.quantized_decode_kernel("metal", mx.float16, row_format, 2)
+    out = kernels.quantized_paged_attention(query, pages, batch, row_format, decode, scale=1.0)
+    want = np.array(reference.quantized_paged_attention(query, pages, batch, row_format, scale=1.0), np.float64)
+    np.testing.assert_allclose(np.array(out, np.float64), want, rtol=0, atol=2e-3 * np.abs(want).max())
 
 
 @pytest.mark.slow

@@ -9,12 +9,17 @@ from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
     DecodeVariant,
+    GatheredPrefill,
     LatentVariant,
+    PrefillVariant,
+    QuantizedMatrixVariant,
     QuantizedVariant,
     Rejected,
     decode_kernel,
+    gathered_prefill,
     mla_decode_kernel,
     page_kernels,
+    prefill_kernel,
     quantized_decode_kernel,
     quantized_write_kernel,
     row_kernels,
@@ -24,6 +29,9 @@ from metal_kernels.kernels.mla_decode import mla_decode
 from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
+from metal_kernels.kernels.prefill import prefill
+from metal_kernels.kernels.prefill_gathered import prefill_gathered
+from metal_kernels.kernels.prefill_tiled import prefill_tiled
 from metal_kernels.kernels.quantized_cache_write import quantized_reshape_and_cache
 from metal_kernels.kernels.quantized_decode import quantized_decode
 from metal_kernels.kernels.quantized_step import quantized_paged_attention
@@ -35,13 +43,17 @@ from metal_kernels.kernels.step import paged_attention
 __all__ = [
     "Accepted",
     "DecodeVariant",
+    "GatheredPrefill",
     "LatentVariant",
+    "PrefillVariant",
+    "QuantizedMatrixVariant",
     "QuantizedVariant",
     "Rejected",
     "add_rms_norm",
     "copy_blocks",
     "decode_kernel",
     "gather_blocks",
+    "gathered_prefill",
     "gather_states",
     "mla_attention",
     "mla_decode",
@@ -52,6 +64,10 @@ __all__ = [
     "page_kernels",
     "paged_attention",
     "paged_decode",
+    "prefill",
+    "prefill_gathered",
+    "prefill_kernel",
+    "prefill_tiled",
     "quantized_decode",
     "quantized_decode_kernel",
     "quantized_paged_attention",

@@ -21,6 +21,9 @@ _MAX_SHARED = 512  # floats of output that a SIMD-group puts into threadgroup me
 _MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
 _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
 _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
+_MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
+_FUSED_HEAD_SIZES = (64, 80, 96, 128)
+_MIN_GATHERED_ROWS = 512
 _MAX_WIDTH = 32768  # elements of a row that a threadgroup holds in registers
 
 
@@ -91,6 +94,21 @@ class QuantizedVariant:
 
 
 @dataclass(frozen=True)
+class QuantizedMatrixVariant:
+    """How decode over 8-bit rows on matrix units is laid out.
+
+    Args:
+        heads: Query heads of one threadgroup, at most 8.
+        simdgroups: SIMD-groups of a threadgroup; each takes 16 keys at a time.
+        parts: Threadgroups that share the query heads of one key head.
+    """
+
+    heads: int
+    simdgroups: int
+    parts: int
+
+
+@dataclass(frozen=True)
 class LatentVariant:
     """How decode over latent rows is laid out.
 
@@ -103,6 +121,22 @@ class LatentVariant:
     heads: int
     keys: int
     simdgroups: int
+
+
+@dataclass(frozen=True)
+class PrefillVariant:
+    """How tiled prefill is laid out.
+
+    Args:
+        simdgroups: SIMD-groups of a threadgroup: each has 16 rows, and 8 keys of a tile.
+    """
+
+    simdgroups: int
+
+
+@dataclass(frozen=True)
+class GatheredPrefill:
+    """Keys and values are copied out of their pages for MLX's fused attention, request by request."""
 
 
 def page_kernels(target: Target, dtype: mx.Dtype, size: int) -> Accepted[PageKernels] | Rejected:
@@ -180,7 +214,7 @@ def quantized_write_kernel(target: Target, row_format: RowFormat, size: int) -> 
 @cache
 def quantized_decode_kernel(
     target: Target, query_dtype: mx.Dtype, row_format: RowFormat, group: int
-) -> Accepted[QuantizedVariant] | Rejected:
+) -> Accepted[QuantizedVariant] | Accepted[QuantizedMatrixVariant] | Rejected:
     """Decide on decode over quantised rows for ``group`` query heads per key head."""
     if target == "cpu":
         return Rejected("the default device is a CPU")
@@ -189,6 +223,11 @@ def quantized_decode_kernel(
     head_size = row_format.head_size
     if head_size not in HEAD_SIZES:
         return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
+    eight_bits = {row_format.key, row_format.value} <= {"int8", "fp8_e4m3"}
+    # Matrices are of float16, for rows of whole 16-byte words.
+    if eight_bits and query_dtype != mx.float32 and row_format.row_words % 4 == 0:
+        parts = -(-group // 8)
+        return Accepted(QuantizedMatrixVariant(-(-group // parts), 4 if head_size <= _MAX_TILED_HEAD else 2, parts))
     # More heads of a threadgroup need more registers for each element; fewer elements leave room for them.
     width = 16 if group <= 2 else 8
     lanes = next(lanes for lanes in (4, 8, 16, 32) if lanes * width >= head_size)
@@ -214,3 +253,43 @@ def mla_decode_kernel(
     if latent_size + rope_size > _MAX_LATENT_ROW:
         return Rejected(f"rows of {latent_size + rope_size} elements; threadgroup memory holds {_MAX_LATENT_ROW}")
     return Accepted(variant)
+
+
+@cache
+def prefill_kernel(
+    target: Target, query_dtype: mx.Dtype, cache_dtype: mx.Dtype, head_size: int
+) -> Accepted[PrefillVariant] | Rejected:
+    """Decide on the kernel for requests with several rows."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if query_dtype != cache_dtype or query_dtype not in (mx.float16, mx.bfloat16):
+        return Rejected(f"query is {query_dtype}, cache {cache_dtype}; the kernel takes both as float16 or bfloat16")
+    if head_size not in HEAD_SIZES:
+        return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
+    return Accepted(PrefillVariant(simdgroups=4 if head_size <= _MAX_TILED_HEAD else 2))
+
+
+@cache
+def gathered_prefill(
+    target: Target,
+    query_dtype: mx.Dtype,
+    cache_dtype: mx.Dtype,
+    head_size: int,
+    rows: int,
+    masked: bool,
+) -> Accepted[GatheredPrefill] | Rejected:
+    """Decide on copies of keys and values and MLX's fused attention, for requests with ``rows`` rows on average.
+
+    ``masked`` is whether scores are capped or a window hides keys.
+    """
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if masked:
+        return Rejected("MLX's fused attention has no soft cap, and a window only as an array")
+    if query_dtype != cache_dtype or query_dtype not in (mx.float16, mx.bfloat16):
+        return Rejected(f"query is {query_dtype}, cache {cache_dtype}; MLX fuses float16 and bfloat16")
+    if head_size not in _FUSED_HEAD_SIZES:
+        return Rejected(f"head size {head_size} is not one of {_FUSED_HEAD_SIZES}, which MLX fuses")
+    if rows < _MIN_GATHERED_ROWS:
+        return Rejected(f"{rows} rows per request do not repay a copy of their keys ({_MIN_GATHERED_ROWS} do)")
+    return Accepted(GatheredPrefill())

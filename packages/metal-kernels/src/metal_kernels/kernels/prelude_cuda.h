@@ -1,5 +1,8 @@
 typedef unsigned int uint;
 #define DEV(T) T
+#define TG(T) T
+#define THREAD(T) T
+#define FUNCTION __device__ __forceinline__
 #define THREADGROUP_ARRAY(T, name, size) __shared__ T name[size]
 #define UNROLL _Pragma("unroll")
 #define threadgroup_position_in_grid blockIdx

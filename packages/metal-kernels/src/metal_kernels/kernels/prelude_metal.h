@@ -1,4 +1,7 @@
 #define DEV(T) device T
+#define TG(T) threadgroup T
+#define THREAD(T) thread T
+#define FUNCTION METAL_FUNC
 #define THREADGROUP_ARRAY(T, name, size) threadgroup T name[size]
 #define UNROLL _Pragma("clang loop unroll(full)")
 METAL_FUNC float exp2_fast(float x) { return fast::exp2(x); }

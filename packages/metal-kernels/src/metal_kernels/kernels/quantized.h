@@ -1,26 +1,4 @@
 // Elements of quantised rows. FORMAT is 0 int8, 1 fp8 (e4m3), 2 int4, 3 float16, 4 bfloat16, 5 float32.
-#ifdef __METAL_VERSION__
-#define THREAD(T) thread T
-#define FUNCTION METAL_FUNC
-FUNCTION float bits_f32(uint bits) { return as_type<float>(bits); }
-FUNCTION uint f32_bits(float x) { return as_type<uint>(x); }
-FUNCTION float half_bits_f32(uint bits) { return float(as_type<half>(ushort(bits))); }
-FUNCTION uint f32_half_bits(float x) { return uint(as_type<ushort>(half(x))); }
-FUNCTION uint f32_bfloat_bits(float x) { return uint(as_type<ushort>(bfloat16_t(x))); }
-FUNCTION float round_even(float x) { return rint(x); }
-FUNCTION float magnitude(float x) { return fabs(x); }
-#else
-#define THREAD(T) T
-#define FUNCTION __device__ __forceinline__
-FUNCTION float bits_f32(uint bits) { return __uint_as_float(bits); }
-FUNCTION uint f32_bits(float x) { return __float_as_uint(x); }
-FUNCTION float half_bits_f32(uint bits) { return __half2float(__ushort_as_half((unsigned short)bits)); }
-FUNCTION uint f32_half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
-FUNCTION uint f32_bfloat_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-FUNCTION float round_even(float x) { return rintf(x); }
-FUNCTION float magnitude(float x) { return fabsf(x); }
-#endif
-
 template <int FORMAT> struct Element {
   enum { BITS = FORMAT == 2 ? 4 : FORMAT < 2 ? 8 : FORMAT < 5 ? 16 : 32, SCALED = FORMAT < 3, BIASED = FORMAT == 2 };
 };

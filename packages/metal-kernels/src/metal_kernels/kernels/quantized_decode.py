@@ -6,7 +6,7 @@ import mlx.core as mx
 from jaxtyping import Float, UInt32
 
 from metal_kernels.decode_plan import DecodePlan
-from metal_kernels.kernels.dispatch import QuantizedVariant
+from metal_kernels.kernels.dispatch import QuantizedMatrixVariant, QuantizedVariant
 from metal_kernels.kernels.join_ranges import join_ranges
 from metal_kernels.kernels.quantized_cache_write import format_template
 from metal_kernels.kernels.source import PortableKernel, constants, order_input
@@ -17,7 +17,14 @@ _KERNEL = PortableKernel(
     ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
     ("partial_out", "partial_stats"),
     "quantized_decode.metal",
-    headers=("quantized.h",),
+    headers=("bits", "quantized"),
+)
+_MATRIX_KERNEL = PortableKernel(
+    "quantized_matrix_decode",
+    ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
+    ("partial_out", "partial_stats"),
+    "quantized_matrix_decode.metal",
+    headers=("bits", "matrix"),
 )
 
 
@@ -25,7 +32,7 @@ def quantized_decode(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: UInt32[mx.array, "blocks block_size row_words"],
     plan: DecodePlan,
-    variant: QuantizedVariant,
+    variant: QuantizedVariant | QuantizedMatrixVariant,
     row_format: RowFormat,
     *,
     scale: float,
@@ -49,24 +56,27 @@ def quantized_decode(
     q_heads, head_size = query.shape[1:]
     factors = (scale * log2(e), 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * log2(e))
     partial = (plan.num_ranges, q_heads)
-    weighted, stats = _KERNEL(
+    template = format_template(row_format) | {
+        "BLOCK_SIZE": kv_cache.shape[1],
+        "GROUP": q_heads // row_format.num_kv_heads,
+        "HEADS": variant.heads,
+        "SIMDGROUPS": variant.simdgroups,
+        "SOFT_CAP": soft_cap is not None,
+    }
+    if isinstance(variant, QuantizedVariant):
+        template |= {
+            "LANES": variant.lanes,
+            "WIDTH": variant.width,
+            "UNROLLED": variant.unrolled,
+            "KEY_VECTOR": _vector(row_format, row_format.key, variant.width, 0),
+            "VALUE_VECTOR": _vector(row_format, row_format.value, variant.width, row_format.part_ends[0]),
+        }
+    weighted, stats = (_KERNEL if isinstance(variant, QuantizedVariant) else _MATRIX_KERNEL)(
         [query, kv_cache, plan.block_table, plan.work, constants(*factors), order_input(order_token)],
         [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)],
         threadgroups=(plan.num_ranges * row_format.num_kv_heads * variant.parts, 1),
         threads=variant.simdgroups * 32,
-        template={
-            **format_template(row_format),
-            "BLOCK_SIZE": kv_cache.shape[1],
-            "GROUP": q_heads // row_format.num_kv_heads,
-            "HEADS": variant.heads,
-            "LANES": variant.lanes,
-            "WIDTH": variant.width,
-            "SIMDGROUPS": variant.simdgroups,
-            "UNROLLED": variant.unrolled,
-            "KEY_VECTOR": _vector(row_format, row_format.key, variant.width, 0),
-            "VALUE_VECTOR": _vector(row_format, row_format.value, variant.width, row_format.part_ends[0]),
-            "SOFT_CAP": soft_cap is not None,
-        },
+        template=template,
     )
     return join_ranges(weighted, stats, plan, sinks, query.dtype)
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, UInt32
 
 from metal_kernels import reference
 from metal_kernels.decode_plan import plan_decode
-from metal_kernels.kernels.dispatch import Accepted, QuantizedVariant, Rejected
+from metal_kernels.kernels.dispatch import Accepted, QuantizedMatrixVariant, QuantizedVariant, Rejected
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.quantized_decode import quantized_decode
 from metal_kernels.kernels.split_step import split_step
@@ -18,7 +18,7 @@ def quantized_paged_attention(
     kv_cache: UInt32[mx.array, "blocks block_size row_words"],
     batch: RaggedBatch,
     row_format: RowFormat,
-    decode: Accepted[QuantizedVariant] | Rejected,
+    decode: Accepted[QuantizedVariant] | Accepted[QuantizedMatrixVariant] | Rejected,
     *,
     scale: float,
     sliding_window: int | None = None,

@@ -28,7 +28,8 @@ class PortableKernel:
         body: File of the body in this folder.
         defines: Preprocessor lines that the body depends on.
         contiguous: Whether MLX copies inputs that are not contiguous.
-        headers: Files of functions that the body uses, beside the prelude; each knows both languages.
+        headers: Functions that the body uses, beside the prelude: files ``name.h``, after ``name_metal.h`` or
+            ``name_cuda.h``, where they exist.
     """
 
     name: str
@@ -62,18 +63,20 @@ class PortableKernel:
 
     @cached_property
     def _metal(self) -> Any:
-        return mx.fast.metal_kernel(**self._parts("prelude_metal.h"))
+        return mx.fast.metal_kernel(**self._parts("metal"))
 
     @cached_property
     def _cuda(self) -> Any:
-        return mx.fast.cuda_kernel(**self._parts("prelude_cuda.h"))
+        return mx.fast.cuda_kernel(**self._parts("cuda"))
 
-    def _parts(self, prelude: str) -> dict[str, Any]:
+    def _parts(self, language: str) -> dict[str, Any]:
+        files = [f"{name}{end}.h" for name in ("prelude", *self.headers) for end in (f"_{language}", "")]
         return {
             "name": self.name,
             "input_names": list(self.inputs),
             "output_names": list(self.outputs),
-            "header": self.defines + "".join((_FOLDER / file).read_text() for file in (prelude, *self.headers)),
+            "header": self.defines
+            + "".join((_FOLDER / file).read_text() for file in files if (_FOLDER / file).exists()),
             "source": (_FOLDER / self.body).read_text(),
             "ensure_row_contiguous": self.contiguous,
         }

@@ -1,0 +1,96 @@
+"""Checks prefill attention on a GPU against its twin, then measures its routes beside MLX's contiguous attention.
+
+Run it on a machine with an NVIDIA GPU or on a Mac: ``python benchmarks/kernels/prefill_check.py``. The exit status is
+1 if a case failed.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import metal_kernels  # isort: skip  before MLX: it sets MLX's limits
+import gpu_check
+import mlx.core as mx
+from gpu_check import batch_of, case, close, seconds
+
+from metal_kernels import kernels, reference
+
+ROUTES = ("tiled", "gathered", "chosen")
+
+
+def route(name: str, head_size: int, dtype: mx.Dtype = mx.bfloat16) -> Callable[..., mx.array]:
+    if name == "tiled":
+        variant = kernels.prefill_kernel(metal_kernels.target(), dtype, dtype, head_size).variant
+        return partial(kernels.prefill_tiled, variant=variant)
+    return kernels.prefill_gathered if name == "gathered" else kernels.prefill
+
+
+def check(name: str, head_size: int, dtype: mx.Dtype, **options: float) -> str:
+    batch, blocks = batch_of([300, 70, 5, 900], 16, [300, 1, 5, 100])
+    query = (mx.random.normal((batch.num_tokens, 8, head_size)) * 2).astype(dtype)
+    cache = mx.random.normal((blocks, 2, 16, 2, head_size)).astype(dtype)
+    options = {"scale": head_size**-0.5, **options}
+    mx.eval(query, cache)
+    want = reference.paged_attention(query.astype(mx.float32), cache.astype(mx.float32), batch, **options)
+    return close(route(name, head_size, dtype)(query, cache, batch=batch, **options), want, dtype)
+
+
+def speed(prompts: list[int], contexts: list[int], q_heads: int, kv_heads: int, head_size: int) -> str:
+    batch, blocks = batch_of(contexts, 16, prompts)
+    query = mx.random.normal((batch.num_tokens, q_heads, head_size)).astype(mx.bfloat16)
+    cache = mx.random.normal((blocks, 2, 16, kv_heads, head_size)).astype(mx.bfloat16)
+    mx.eval(query, cache)
+    pairs = sum(p * (c - p) + p * (p + 1) / 2 for p, c in zip(prompts, contexts, strict=True))
+    operations = 4 * pairs * q_heads * head_size
+    links = max(1, min(20, int(1e13 / operations)))
+    lines = []
+
+    def measured(name: str, attend: Callable[[mx.array], mx.array], value: mx.array) -> None:
+        def chain(rows: mx.array) -> mx.array:
+            for _ in range(links):
+                rows = attend(rows)
+            return rows
+
+        taken = seconds(chain, value, links)
+        lines.append(f"{name} {taken * 1e3:.2f} ms, {operations / taken / 1e12:.0f} TFLOP/s")
+
+    if len(prompts) == 1:
+        rows = mx.contiguous(query.swapaxes(0, 1)[None])
+        keys, values = (mx.random.normal((1, kv_heads, contexts[0], head_size)).astype(mx.bfloat16) for _ in range(2))
+        mx.eval(rows, keys, values)
+        fused = partial(mx.fast.scaled_dot_product_attention, k=keys, v=values, scale=0.1, mask="causal")
+        measured("contiguous", fused, rows)
+    for name in ROUTES:
+        attend = partial(route(name, head_size), kv_cache=cache, batch=batch, scale=0.1)
+        measured(name, attend, query)
+    return "; ".join(lines)
+
+
+def main() -> int:
+    if metal_kernels.target() == "cpu":
+        print("prefill_check needs a GPU: the default device is a CPU")
+        return 1
+    print(f"MLX {mx.__version__} on {metal_kernels.target()}: {mx.device_info()}")
+    for dtype in (mx.float16, mx.bfloat16):
+        for head_size in (64, 128):
+            for name in ROUTES:
+                case(f"{name} {dtype} {head_size}", lambda n=name, h=head_size, d=dtype: check(n, h, d))
+    case("tiled 256", lambda: check("tiled", 256, mx.bfloat16))
+    case("tiled window, soft cap", lambda: check("tiled", 128, mx.bfloat16, sliding_window=50, soft_cap=5.0))
+    cases = {
+        "2k": ([2048], [2048]),
+        "8k": ([8192], [8192]),
+        "32k": ([32768], [32768]),
+        "512 rows at 8k": ([512], [8192]),
+        "64 rows at 8k": ([64], [8192]),
+        "16 prompts of 512": ([512] * 16, [512] * 16),
+        "32 prompts of 64": ([64] * 32, [64] * 32),
+    }
+    for name, (prompts, contexts) in cases.items():
+        case(f"{name}, 16/8 heads x 128", lambda p=prompts, c=contexts: speed(p, c, 16, 8, 128))
+    print(f"{gpu_check.failures} failed")
+    return min(gpu_check.failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+// Attention of one query row over one range of 8-bit keys, for up to 8 query heads as the rows of matrices.
+// Each SIMD-group has tiles of 16 keys of its own, which pass through threadgroup memory as float16: the keys, then the
+// values; the next ones are loaded meanwhile. Scales stay outside: those of keys are applied to scores, those of
+// values to weights, relative to the largest so far, so that weights fit float16. Scores are in units of log2.
+constexpr int STRIDE = HEAD_SIZE + 8;  // so that rows start in different banks
+constexpr int PARTS = (GROUP + HEADS - 1) / HEADS;
+constexpr int ROW_CHUNKS = HEAD_SIZE / 16;
+constexpr int CHUNKS = (16 * ROW_CHUNKS + 31) / 32;  // of sixteen elements, a lane
+constexpr int VALUE_DATA = KV_HEADS * HEAD_SIZE / 4;
+constexpr float LOWEST = -3.0e38f;
+THREADGROUP_ARRAY(uint4, tile_words, SIMDGROUPS * 16 * STRIDE / 8);
+THREADGROUP_ARRAY(float, all_scales, SIMDGROUPS * 32);
+THREADGROUP_ARRAY(float, all_max, SIMDGROUPS * HEADS);
+THREADGROUP_ARRAY(float, all_sum, SIMDGROUPS * HEADS);
+
+const int work = int(threadgroup_position_in_grid.x) / (KV_HEADS * PARTS);
+const int head_part = int(threadgroup_position_in_grid.x) % (KV_HEADS * PARTS);
+const int kv_head = head_part / PARTS;
+const int first_head = head_part % PARTS * HEADS;  // within the group
+const int simdgroup_index = int(simdgroup_index_in_threadgroup);
+const int lane = int(thread_index_in_simdgroup);
+const int row = work_in[work * 4];
+const int table = work_in[work * 4 + 1];
+const int begin = work_in[work * 4 + 2];
+const int end = work_in[work * 4 + 3];
+TG(HALF)* tile = (TG(HALF)*)(tile_words + simdgroup_index * 2 * STRIDE);
+TG(float)* scales = all_scales + simdgroup_index * 32;  // of the keys, then of the values
+
+// Queries relative to their largest element, as float16.
+for (int h = 0; h < 16; ++h) {
+  const int head = kv_head * GROUP + first_head + h;
+  float x[HEAD_SIZE / 32 + 1];
+  float largest = 0.0f;
+  UNROLL for (int c = 0; c <= HEAD_SIZE / 32; ++c) {
+    const int i = c * 32 + lane;
+    const bool held = i < HEAD_SIZE && h < HEADS && first_head + h < GROUP;
+    x[c] = held ? to_f32(query_in[row * query_in_strides[0] + head * query_in_strides[1] + i * query_in_strides[2]]) : 0.0f;
+    largest = max(largest, magnitude(x[c]));
+  }
+  UNROLL for (int step = 16; step > 0; step /= 2) largest = max(largest, simd_shuffle_xor(largest, step));
+  UNROLL for (int c = 0; c <= HEAD_SIZE / 32; ++c) {
+    const int i = c * 32 + lane;
+    if (i < HEAD_SIZE) tile[h * STRIDE + i] = from_f32<HALF>(largest > 0.0f ? x[c] / largest : 0.0f);
+  }
+  if (lane == 0) scales[h] = largest;
+}
+simdgroup_barrier(mem_flags::mem_threadgroup);
+MatrixA<HALF> query[HEAD_SIZE / 16];
+UNROLL for (int s = 0; s < HEAD_SIZE / 16; ++s) load_a(query[s], (const TG(HALF)*)(tile + s * 16), STRIDE);
+const float factor = scales[row_of(lane)] * factors_in[0];
+MatrixC o[HEAD_SIZE / 8];
+UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) clear(o[c]);
+float max_score = LOWEST;
+float sum = 0.0f;
+float unit = 0.0f;  // of the weights: the largest scale of a value so far
+
+uint4 next_key[CHUNKS];
+uint4 next_value[CHUNKS];
+uint next_scale = 0;
+for (int first = begin + (simdgroup_index - SIMDGROUPS) * 16; first < end; first += SIMDGROUPS * 16) {
+  uint4 value_words[CHUNKS];
+  simdgroup_barrier(mem_flags::mem_threadgroup);  // the tile has been used
+  const bool loaded = first >= begin;
+  if (loaded) {
+    float scale = bits_f32(next_scale);
+    if (lane < 16 ? KEY_FORMAT == 1 : VALUE_FORMAT == 1) scale *= 256.0f;
+    scales[lane] = scale;
+  }
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    const int key = (c * 32 + lane) / ROW_CHUNKS;
+    const int chunk = (c * 32 + lane) % ROW_CHUNKS;
+    if (key < 16) {
+      if (loaded) {
+        store_halves<KEY_FORMAT>(next_key[c], (TG(uint4)*)(tile + key * STRIDE + chunk * 16));
+        value_words[c] = next_value[c];
+      }
+      const int position = min(first + SIMDGROUPS * 16 + key, end - 1);
+      const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE;
+      const DEV(uint)* cached = kv_cache_in + slot * ROW_WORDS + kv_head * (HEAD_SIZE / 4) + chunk * 4;
+      next_key[c] = *(const DEV(uint4)*)cached;
+      next_value[c] = *(const DEV(uint4)*)(cached + VALUE_DATA);
+    }
+  }
+  const int position = min(first + SIMDGROUPS * 16 + lane % 16, end - 1);
+  const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE;
+  next_scale = kv_cache_in[slot * ROW_WORDS + 2 * VALUE_DATA + (lane < 16 ? 0 : KV_HEADS) + kv_head];
+  if (!loaded) continue;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  MatrixC scores[2];
+  clear(scores[0]);
+  clear(scores[1]);
+  UNROLL for (int s = 0; s < HEAD_SIZE / 16; ++s) {
+    MatrixB<HALF> left;
+    MatrixB<HALF> right;
+    load_b_transposed(left, right, (const TG(HALF)*)(tile + s * 16), STRIDE);
+    multiply_add(scores[0], query[s], left);
+    multiply_add(scores[1], query[s], right);
+  }
+  float highest = max_score;
+  float largest = 0.0f;
+  UNROLL for (int t = 0; t < 2; ++t) {
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const int key = t * 8 + column_of(lane) + i;
+      float score = get(scores[t], i) * (scales[key] * factor);
+      if (SOFT_CAP) score = tanh_precise(score) * factors_in[1];
+      score = first + key < end ? score : LOWEST;
+      put(scores[t], i, score);
+      highest = max(highest, score);
+      largest = max(largest, scales[16 + key]);
+    }
+  }
+  highest = row_max(highest);
+  largest = max(unit, row_max(largest));
+  const float per_unit = largest > 0.0f ? 1.0f / largest : 0.0f;
+  const float shrink = exp2_fast(max_score - highest);
+  max_score = highest;
+  sum *= shrink;
+  UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) {
+    UNROLL for (int i = 0; i < 2; ++i) put(o[c], i, get(o[c], i) * (shrink * unit * per_unit));
+  }
+  unit = largest;
+  UNROLL for (int t = 0; t < 2; ++t) {
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const int key = t * 8 + column_of(lane) + i;
+      const float weight = first + key < end ? exp2_fast(get(scores[t], i) - highest) : 0.0f;
+      sum += weight;
+      put(scores[t], i, weight * scales[16 + key] * per_unit);
+    }
+    put(scores[t], 2, 0.0f);
+    put(scores[t], 3, 0.0f);
+  }
+  MatrixA<HALF> weights;
+  join(weights, scores[0], scores[1]);
+  simdgroup_barrier(mem_flags::mem_threadgroup);  // the keys have been used
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    const int key = (c * 32 + lane) / ROW_CHUNKS;
+    const int chunk = (c * 32 + lane) % ROW_CHUNKS;
+    if (key < 16) store_halves<VALUE_FORMAT>(value_words[c], (TG(uint4)*)(tile + key * STRIDE + chunk * 16));
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL for (int c = 0; c < HEAD_SIZE / 8; c += 2) {
+    MatrixB<HALF> left;
+    MatrixB<HALF> right;
+    load_b(left, right, (const TG(HALF)*)(tile + c * 8), STRIDE);
+    multiply_add(o[c], weights, left);
+    multiply_add(o[c + 1], weights, right);
+  }
+}
+// Join the SIMD-groups; their outputs take the place of the tiles.
+sum = row_sum(sum);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+TG(float)* all_out = (TG(float)*)tile_words;
+if (row_of(lane) < HEADS) {
+  const int at = simdgroup_index * HEADS + row_of(lane);
+  UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) {
+    UNROLL for (int i = 0; i < 2; ++i) all_out[at * HEAD_SIZE + c * 8 + column_of(lane) + i] = get(o[c], i) * unit;
+  }
+  if (column_of(lane) == 0) {
+    all_max[at] = max_score;
+    all_sum[at] = sum;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int e = int(thread_position_in_threadgroup.x); e < HEADS * HEAD_SIZE; e += SIMDGROUPS * 32) {
+  const int h = e / HEAD_SIZE;
+  const int i = e % HEAD_SIZE;
+  if (first_head + h < GROUP) {
+    float highest = LOWEST;
+    for (int s = 0; s < SIMDGROUPS; ++s) highest = max(highest, all_max[s * HEADS + h]);
+    float total = 0.0f;
+    float value = 0.0f;
+    for (int s = 0; s < SIMDGROUPS; ++s) {
+      const float weight = exp2_fast(all_max[s * HEADS + h] - highest);
+      total += weight * all_sum[s * HEADS + h];
+      value += weight * all_out[(s * HEADS + h) * HEAD_SIZE + i];
+    }
+    const long at = long(work) * KV_HEADS * GROUP + kv_head * GROUP + first_head + h;
+    partial_out[at * HEAD_SIZE + i] = value;
+    if (i == 0) {
+      partial_stats[at * 2] = highest;
+      partial_stats[at * 2 + 1] = total;
+    }
+  }
+}
