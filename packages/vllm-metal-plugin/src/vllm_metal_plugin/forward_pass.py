@@ -100,7 +100,7 @@ class ContiguousForward(ForwardPass):
 
 
 def _salt(request: RequestState) -> str | None:
-    """Return under what salt a request shares prefixes; not at all when it asks about every token of its prompt."""
-    if request.sampling_params.prompt_logprobs is not None:
+    """Return under what salt a request shares prefixes; not at all when it needs the row of every prompt token."""
+    if request.pooling_params is not None or request.sampling_params.prompt_logprobs is not None:
         return None
     return str((request.sampling_params.extra_args or {}).get(SALT, ""))
