@@ -84,7 +84,7 @@ def attention(model: PagedModel) -> str:
 
 def note(model: PagedModel) -> str:
     """Say whether some of the architecture's attention code is ours."""
-    return "adapted attention" if type(model.module).__module__.startswith("metal_models.") else ""
+    return "adapted" if type(model.module).__module__.startswith("metal_models.") else ""
 
 
 if __name__ == "__main__":
