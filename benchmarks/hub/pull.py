@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vllm_metal_hub.resolver import RESOLVED, resolve
 from vllm_metal_hub.testing import FaultServer
+from vllm_metal_hub.testing.repository import git_sha1, sha256
 
 BLOCK = 1 << 22
 
@@ -77,6 +78,7 @@ def main() -> None:
         (root / "source").mkdir()
         for name, content in files.items():
             (root / "source" / name).write_bytes(content)
+            sha256(content), git_sha1(content)  # the server keeps them: its own hashing is no part of a pull
         hub.add("org/large", files)
         times: dict[str, list[float]] = {"copy": [], "hf": [], "ms": []}
         for _ in range(args.rounds):
