@@ -80,18 +80,35 @@ def test_head_sizes(head_size):
 def test_dispatch_says_why_not(change, why):
     call = {"target": "cuda", "query_dtype": mx.float16, "cache_dtype": mx.float16, "head_size": 64}
     assert isinstance(kernels.prefill_kernel(**call), kernels.Accepted)
-    assert isinstance(kernels.gathered_prefill(**call, rows=4096, masked=False), kernels.Accepted)
-    for answer in (
-        kernels.prefill_kernel(**(call | change)),
-        kernels.gathered_prefill(**(call | change), rows=4096, masked=False),
-    ):
-        assert isinstance(answer, kernels.Rejected)
-        assert why in answer.why
+    answer = kernels.prefill_kernel(**(call | change))
+    assert isinstance(answer, kernels.Rejected)
+    assert why in answer.why
 
 
-@pytest.mark.parametrize(("change", "why"), [({"rows": 2}, "2 rows"), ({"masked": True}, "window")])
+def work_of(reqs, rows, keys):
+    return kernels.PrefillWork(reqs, reqs * rows, reqs * keys, reqs * rows * keys, keys)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"target": "cpu"}, "CPU"),
+        ({"query_dtype": mx.float32}, "float32"),
+        ({"heads": (16, 8, 256)}, "head size 256"),
+        ({"masked": True}, "window"),
+        ({"work": work_of(32, 64, 64)}, "tiled attention is estimated"),
+    ],
+)
 def test_gathering_says_why_not(change, why):
-    call = {"rows": 4096, "masked": False} | change
-    answer = kernels.gathered_prefill("cuda", mx.float16, mx.float16, 64, **call)
+    call = {
+        "target": "cuda",
+        "query_dtype": mx.float16,
+        "cache_dtype": mx.float16,
+        "heads": (16, 8, 128),
+        "work": work_of(1, 8192, 8192),
+        "masked": False,
+    }
+    assert isinstance(kernels.gathered_prefill(**call), kernels.Accepted)
+    answer = kernels.gathered_prefill(**(call | change))
     assert isinstance(answer, kernels.Rejected)
     assert why in answer.why

@@ -23,7 +23,12 @@ _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put
 _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
-_MIN_GATHERED_ROWS = 512
+# What prefill costs on an H200, in microseconds and operations per microsecond: benchmarks/kernels/prefill_check.py.
+_TILED_KEY = 0.06  # per key of the longest request, however few rows see it
+_TILED_RATE = 1.2e8
+_FUSED_REQUEST = 45.0
+_FUSED_RATE = 5.5e8
+_COPIED_ELEMENT = 2e-5
 _MAX_WIDTH = 32768  # elements of a row that a threadgroup holds in registers
 
 
@@ -269,19 +274,47 @@ def prefill_kernel(
     return Accepted(PrefillVariant(simdgroups=4 if head_size <= _MAX_TILED_HEAD else 2))
 
 
-@cache
+@dataclass(frozen=True)
+class PrefillWork:
+    """What requests with several rows ask of attention.
+
+    Args:
+        reqs: Number of requests.
+        rows: Of all of them.
+        keys: Of all of them, as many as a request has.
+        pairs: Of rows and keys that they see, in all of them.
+        longest: Keys of the longest request.
+    """
+
+    reqs: int
+    rows: int
+    keys: int
+    pairs: int
+    longest: int
+
+    def tiled_time(self, q_heads: int, head_size: int) -> float:
+        """Estimated microseconds of the tiled kernel; measured with CUDA."""
+        return max(_TILED_KEY * self.longest, 4 * self.pairs * q_heads * head_size / _TILED_RATE)
+
+    def gathered_time(self, q_heads: int, kv_heads: int, head_size: int) -> float:
+        """Estimated microseconds of copies and MLX's fused attention; measured with CUDA."""
+        copies = _COPIED_ELEMENT * self.keys * kv_heads * head_size
+        return _FUSED_REQUEST * self.reqs + copies + 4 * self.pairs * q_heads * head_size / _FUSED_RATE
+
+
 def gathered_prefill(
     target: Target,
     query_dtype: mx.Dtype,
     cache_dtype: mx.Dtype,
-    head_size: int,
-    rows: int,
+    heads: tuple[int, int, int],
+    work: PrefillWork,
     masked: bool,
 ) -> Accepted[GatheredPrefill] | Rejected:
-    """Decide on copies of keys and values and MLX's fused attention, for requests with ``rows`` rows on average.
+    """Decide on copies of keys and values and MLX's fused attention.
 
-    ``masked`` is whether scores are capped or a window hides keys.
+    ``heads`` are query heads, key heads and head size; ``masked`` is whether scores are capped or a window hides keys.
     """
+    q_heads, kv_heads, head_size = heads
     if target == "cpu":
         return Rejected("the default device is a CPU")
     if masked:
@@ -290,6 +323,9 @@ def gathered_prefill(
         return Rejected(f"query is {query_dtype}, cache {cache_dtype}; MLX fuses float16 and bfloat16")
     if head_size not in _FUSED_HEAD_SIZES:
         return Rejected(f"head size {head_size} is not one of {_FUSED_HEAD_SIZES}, which MLX fuses")
-    if rows < _MIN_GATHERED_ROWS:
-        return Rejected(f"{rows} rows per request do not repay a copy of their keys ({_MIN_GATHERED_ROWS} do)")
+    tiled, gathered = work.tiled_time(q_heads, head_size), work.gathered_time(q_heads, kv_heads, head_size)
+    if tiled <= gathered:
+        return Rejected(
+            f"tiled attention is estimated at {tiled:.0f} us, copies and fused attention at {gathered:.0f}"
+        )
     return Accepted(GatheredPrefill())

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int32
 from metal_kernels import reference
 from metal_kernels.device import target
 from metal_kernels.kernels.blocks import gather_blocks
-from metal_kernels.kernels.dispatch import Accepted, gathered_prefill, prefill_kernel
+from metal_kernels.kernels.dispatch import Accepted, PrefillWork, gathered_prefill, prefill_kernel
 from metal_kernels.kernels.prefill_gathered import prefill_gathered
 from metal_kernels.kernels.prefill_tiled import prefill_tiled
 from metal_kernels.ragged import RaggedBatch, device_array
@@ -36,13 +36,15 @@ def prefill(
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
-    call = (target(), query.dtype, kv_cache.dtype, query.shape[2])
+    q_heads, head_size = query.shape[1:]
+    kind = (target(), query.dtype, kv_cache.dtype)
     hidden = sliding_window is not None and sliding_window < batch.max_seq_len
-    rows = batch.num_tokens // batch.num_reqs
-    if isinstance(gathered_prefill(*call, rows, hidden or soft_cap is not None), Accepted):
+    work = batch.once("prefill work", lambda: _work(batch))
+    heads = (q_heads, kv_cache.shape[3], head_size)
+    if isinstance(gathered_prefill(*kind, heads, work, hidden or soft_cap is not None), Accepted):
         return prefill_gathered(query, kv_cache, batch, scale=scale, sinks=sinks, order_token=order_token)
     window = sliding_window if hidden else None
-    tiled = prefill_kernel(*call)
+    tiled = prefill_kernel(*kind, head_size)
     if isinstance(tiled, Accepted):
         return prefill_tiled(
             query,
@@ -61,6 +63,12 @@ def prefill(
     return reference.paged_attention(
         query, pages, own, scale=scale, sliding_window=window, soft_cap=soft_cap, sinks=sinks
     )
+
+
+def _work(batch: RaggedBatch) -> PrefillWork:
+    rows, keys = batch.query_lens.astype(np.int64), batch.seq_lens.astype(np.int64)
+    pairs = rows * (keys - rows) + rows * (rows + 1) // 2
+    return PrefillWork(batch.num_reqs, batch.num_tokens, int(keys.sum()), int(pairs.sum()), batch.max_seq_len)
 
 
 def _seen_pages(

@@ -1,4 +1,4 @@
-// Attention of one query row over one range of 8-bit keys, for up to 8 query heads as the rows of matrices.
+// Attention of one query row over one range of 8-bit keys, for up to 8 query heads as the columns of matrices.
 // Each SIMD-group has tiles of 16 keys of its own, which pass through threadgroup memory as float16: the keys, then the
 // values; the next ones are loaded meanwhile. Scales stay outside: those of keys are applied to scores, those of
 // values to weights, relative to the largest so far, so that weights fit float16. Scores are in units of log2.
@@ -27,7 +27,7 @@ TG(HALF)* tile = (TG(HALF)*)(tile_words + simdgroup_index * 2 * STRIDE);
 TG(float)* scales = all_scales + simdgroup_index * 32;  // of the keys, then of the values
 
 // Queries relative to their largest element, as float16.
-for (int h = 0; h < 16; ++h) {
+for (int h = 0; h < 16; ++h) {  // zeros from HEADS on: matrices are loaded in pairs
   const int head = kv_head * GROUP + first_head + h;
   float x[HEAD_SIZE / 32 + 1];
   float largest = 0.0f;
@@ -45,13 +45,17 @@ for (int h = 0; h < 16; ++h) {
   if (lane == 0) scales[h] = largest;
 }
 simdgroup_barrier(mem_flags::mem_threadgroup);
-MatrixA<HALF> query[HEAD_SIZE / 16];
-UNROLL for (int s = 0; s < HEAD_SIZE / 16; ++s) load_a(query[s], (const TG(HALF)*)(tile + s * 16), STRIDE);
-const float factor = scales[row_of(lane)] * factors_in[0];
-MatrixC o[HEAD_SIZE / 8];
-UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) clear(o[c]);
-float max_score = LOWEST;
-float sum = 0.0f;
+MatrixB<HALF> query[HEAD_SIZE / 16];
+UNROLL for (int s = 0; s < HEAD_SIZE / 16; ++s) {
+  MatrixB<HALF> nothing;  // heads from 8 on
+  load_b_transposed(query[s], nothing, (const TG(HALF)*)(tile + s * 16), STRIDE);
+}
+// A lane has two heads, columns of C; and of each 16 keys or dimensions two rows.
+const float factor[2] = {scales[column_of(lane)] * factors_in[0], scales[column_of(lane) + 1] * factors_in[0]};
+MatrixC o[HEAD_SIZE / 16];
+UNROLL for (int c = 0; c < HEAD_SIZE / 16; ++c) clear(o[c]);
+float max_score[2] = {LOWEST, LOWEST};
+float sum[2] = {0.0f, 0.0f};
 float unit = 0.0f;  // of the weights: the largest scale of a value so far
 
 uint4 next_key[CHUNKS];
@@ -86,51 +90,45 @@ for (int first = begin + (simdgroup_index - SIMDGROUPS) * 16; first < end; first
   next_scale = kv_cache_in[slot * ROW_WORDS + 2 * VALUE_DATA + (lane < 16 ? 0 : KV_HEADS) + kv_head];
   if (!loaded) continue;
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  MatrixC scores[2];
-  clear(scores[0]);
-  clear(scores[1]);
+  MatrixC scores;
+  clear(scores);
   UNROLL for (int s = 0; s < HEAD_SIZE / 16; ++s) {
-    MatrixB<HALF> left;
-    MatrixB<HALF> right;
-    load_b_transposed(left, right, (const TG(HALF)*)(tile + s * 16), STRIDE);
-    multiply_add(scores[0], query[s], left);
-    multiply_add(scores[1], query[s], right);
+    MatrixA<HALF> keys;
+    load_a(keys, (const TG(HALF)*)(tile + s * 16), STRIDE);
+    multiply_add(scores, keys, query[s]);
   }
-  float highest = max_score;
-  float largest = 0.0f;
-  UNROLL for (int t = 0; t < 2; ++t) {
-    UNROLL for (int i = 0; i < 2; ++i) {
-      const int key = t * 8 + column_of(lane) + i;
-      float score = get(scores[t], i) * (scales[key] * factor);
-      if (SOFT_CAP) score = tanh_precise(score) * factors_in[1];
-      score = first + key < end ? score : LOWEST;
-      put(scores[t], i, score);
-      highest = max(highest, score);
-      largest = max(largest, scales[16 + key]);
-    }
+  float highest[2] = {max_score[0], max_score[1]};
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const int key = row_of(lane) + i / 2 * 8;
+    float score = get(scores, i) * (scales[key] * factor[i % 2]);
+    if (SOFT_CAP) score = tanh_precise(score) * factors_in[1];
+    score = first + key < end ? score : LOWEST;
+    put(scores, i, score);
+    highest[i % 2] = max(highest[i % 2], score);
   }
-  highest = row_max(highest);
-  largest = max(unit, row_max(largest));
+  const float value_scale[2] = {scales[16 + row_of(lane)], scales[24 + row_of(lane)]};
+  const float largest = max(unit, column_max(max(value_scale[0], value_scale[1])));
   const float per_unit = largest > 0.0f ? 1.0f / largest : 0.0f;
-  const float shrink = exp2_fast(max_score - highest);
-  max_score = highest;
-  sum *= shrink;
-  UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) {
-    UNROLL for (int i = 0; i < 2; ++i) put(o[c], i, get(o[c], i) * (shrink * unit * per_unit));
+  float shrink[2];
+  UNROLL for (int h = 0; h < 2; ++h) {
+    highest[h] = column_max(highest[h]);
+    shrink[h] = exp2_fast(max_score[h] - highest[h]);
+    max_score[h] = highest[h];
+    sum[h] *= shrink[h];
+    shrink[h] *= unit * per_unit;
   }
   unit = largest;
-  UNROLL for (int t = 0; t < 2; ++t) {
-    UNROLL for (int i = 0; i < 2; ++i) {
-      const int key = t * 8 + column_of(lane) + i;
-      const float weight = first + key < end ? exp2_fast(get(scores[t], i) - highest) : 0.0f;
-      sum += weight;
-      put(scores[t], i, weight * scales[16 + key] * per_unit);
-    }
-    put(scores[t], 2, 0.0f);
-    put(scores[t], 3, 0.0f);
+  UNROLL for (int c = 0; c < HEAD_SIZE / 16; ++c) {
+    UNROLL for (int i = 0; i < 4; ++i) put(o[c], i, get(o[c], i) * shrink[i % 2]);
   }
-  MatrixA<HALF> weights;
-  join(weights, scores[0], scores[1]);
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const bool seen = first + row_of(lane) + i / 2 * 8 < end;
+    const float weight = seen ? exp2_fast(get(scores, i) - highest[i % 2]) : 0.0f;
+    sum[i % 2] += weight;
+    put(scores, i, weight * (value_scale[i / 2] * per_unit));
+  }
+  MatrixB<HALF> weights;
+  narrow(weights, scores);
   simdgroup_barrier(mem_flags::mem_threadgroup);  // the keys have been used
   UNROLL for (int c = 0; c < CHUNKS; ++c) {
     const int key = (c * 32 + lane) / ROW_CHUNKS;
@@ -138,26 +136,27 @@ for (int first = begin + (simdgroup_index - SIMDGROUPS) * 16; first < end; first
     if (key < 16) store_halves<VALUE_FORMAT>(value_words[c], (TG(uint4)*)(tile + key * STRIDE + chunk * 16));
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  UNROLL for (int c = 0; c < HEAD_SIZE / 8; c += 2) {
-    MatrixB<HALF> left;
-    MatrixB<HALF> right;
-    load_b(left, right, (const TG(HALF)*)(tile + c * 8), STRIDE);
-    multiply_add(o[c], weights, left);
-    multiply_add(o[c + 1], weights, right);
+  UNROLL for (int c = 0; c < HEAD_SIZE / 16; ++c) {
+    MatrixA<HALF> values;
+    load_a_transposed(values, (const TG(HALF)*)(tile + c * 16), STRIDE);
+    multiply_add(o[c], values, weights);
   }
 }
 // Join the SIMD-groups; their outputs take the place of the tiles.
-sum = row_sum(sum);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 TG(float)* all_out = (TG(float)*)tile_words;
-if (row_of(lane) < HEADS) {
-  const int at = simdgroup_index * HEADS + row_of(lane);
-  UNROLL for (int c = 0; c < HEAD_SIZE / 8; ++c) {
-    UNROLL for (int i = 0; i < 2; ++i) all_out[at * HEAD_SIZE + c * 8 + column_of(lane) + i] = get(o[c], i) * unit;
-  }
-  if (column_of(lane) == 0) {
-    all_max[at] = max_score;
-    all_sum[at] = sum;
+UNROLL for (int i = 0; i < 2; ++i) {
+  const float total = column_sum(sum[i]);
+  if (column_of(lane) + i < HEADS) {
+    const int at = simdgroup_index * HEADS + column_of(lane) + i;
+    UNROLL for (int c = 0; c < HEAD_SIZE / 16; ++c) {
+      all_out[at * HEAD_SIZE + c * 16 + row_of(lane)] = get(o[c], i) * unit;
+      all_out[at * HEAD_SIZE + c * 16 + row_of(lane) + 8] = get(o[c], i + 2) * unit;
+    }
+    if (row_of(lane) == 0) {
+      all_max[at] = max_score[i];
+      all_sum[at] = total;
+    }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
