@@ -7,25 +7,26 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from metal_models import MetalModelsError, UnsupportedModelError, supported
-from metal_models.registry import build, model_classes
+from metal_models import MetalModelsError, PagedModel, UnsupportedModelError, supported
+from metal_models.registry import build, layer_specs, model_classes
 
 REFUSED = [
-    ("afm7", "positions from the length"),
-    ("deepseek_v3", "computes attention from the mask itself"),
-    ("falcon_h1", "needs several caches"),
-    ("jamba", "recurrent or convolution state"),
-    ("llama4", "attends within chunks"),
-    ("mamba", "recurrent or convolution state"),
-    ("phi3small", "computes attention from the mask itself"),
-    ("plamo", "changes its keys after caching"),
-    ("qwen3_next", "recurrent or convolution state"),
+    ("deepseek_v41", "needs a cache of its own kind"),
+    ("muse_spark", "a kernel that exists for Metal only"),
+    ("phi3small", "lets a token of its block-sparse layers see later ones"),
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gemma4", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gpt_oss", "gemma4", "qwen3_vl", "qwen3_next", "rwkv7", "falcon_h1"]
+)
 def test_supported(family: str, lab: SimpleNamespace) -> None:
     supported(lab.read_config(family))
+
+
+def test_layer_specs_need_no_weights(lab: SimpleNamespace) -> None:
+    config = lab.read_config("qwen3_next")
+    assert layer_specs(config, 8) == PagedModel(build(config), config).kv_cache_specs(8)
 
 
 @pytest.mark.parametrize(("family", "reason"), REFUSED)
