@@ -28,8 +28,9 @@ def rows(count, seed):
     return [mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)]
 
 
+@pytest.mark.parametrize("use_kernel", [True, False])
 @pytest.mark.parametrize("pieces", [(7,), (3, 4), (1, 1, 5), (6, 1)])
-def test_rows_written_in_pieces_are_attended_as_a_whole(pieces):
+def test_rows_written_in_pieces_are_attended_as_a_whole(pieces, use_kernel):
     layer = make_pool(latent=LATENT).layer("latent")
     latent, rope, query_latent, query_rope = rows(7, 0)
     outputs, start = [], 0
@@ -38,7 +39,14 @@ def test_rows_written_in_pieces_are_attended_as_a_whole(pieces):
         metadata = AttentionMetadata.build([0, count], [end], np.array([[5, 2]], np.int32), 4)
         token = layer.write_latent(latent[start:end], rope[start:end], metadata)
         outputs.append(
-            layer.attend_latent(query_latent[start:end], query_rope[start:end], metadata, scale=0.2, order_token=token)
+            layer.attend_latent(
+                query_latent[start:end],
+                query_rope[start:end],
+                metadata,
+                scale=0.2,
+                order_token=token,
+                use_kernel=use_kernel,
+            )
         )
         mx.eval(outputs)
         start = end

@@ -13,6 +13,7 @@ from metal_kernels import (
     copy_blocks,
     mla_attention,
     read_pages,
+    reference,
     target,
 )
 from metal_kv.attention_metadata import AttentionMetadata
@@ -219,6 +220,7 @@ class LayerCache:
         *,
         scale: float,
         order_token: mx.array | None = None,
+        use_kernel: bool = True,
     ) -> Float[mx.array, "tokens q_heads latent_size"]:
         """Return latent attention of a step's rows over the cached context of their requests.
 
@@ -228,11 +230,14 @@ class LayerCache:
             metadata: The step as this layer's group sees it.
             scale: Factor of the scores.
             order_token: What ``write_latent`` of the same step returned.
+            use_kernel: False for plain MLX over gathered rows, also where a kernel would serve.
         """
         self._latent_spec("attend_latent")
-        output = mla_attention(
-            query_latent, query_rope, self.kv_cache, metadata.batch, scale=scale, order_token=order_token
-        )
+        kv_cache, batch, attend = self.kv_cache, metadata.batch, mla_attention
+        if not use_kernel:
+            kv_cache, batch = read_pages(kv_cache, batch, order_token=order_token)
+            attend = reference.mla_attention
+        output = attend(query_latent, query_rope, kv_cache, batch, scale=scale, order_token=order_token)
         self._slab.note_read(output)
         return output
 

@@ -16,9 +16,13 @@ class Step:
 
     A model sees every scheduled token as a batch row of length 1, so the batch axis of its
     arrays is the token axis of the step.
+
+    Args:
+        mla_kernel: Whether latent attention may use the GPU kernel.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mla_kernel: bool = True) -> None:
+        self.mla_kernel = mla_kernel
         self.views: list[CacheView] = []
         self.positions = mx.zeros((0,), mx.int32)
         self.metadata: Sequence[AttentionMetadata] = ()

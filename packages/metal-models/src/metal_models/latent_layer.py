@@ -81,6 +81,7 @@ class LatentView(CacheView):
             self.step.metadata[self._layer.group],
             scale=scale,
             order_token=self._order_token,
+            use_kernel=self.step.mla_kernel,
         )
         return out[:, :, None]
 

@@ -17,7 +17,12 @@ from metal_models.pooling_checkpoint import for_pooling
 
 
 def load(
-    path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: int = 0, pooling: bool = False
+    path: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    expand_to_bytes: int = 0,
+    pooling: bool = False,
+    mla_kernel: bool = True,
 ) -> PagedModel:
     """Load a model and evaluate its parameters.
 
@@ -25,6 +30,7 @@ def load(
         path: A directory in mlx-lm's or Hugging Face's safetensors form (quantised ones
             included), a directory that holds one ``.gguf``, or a ``.gguf`` file.
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
+        mla_kernel: Whether latent attention may use the GPU kernel.
         expand_to_bytes: Hold quantised weights as floats if all weights then take no more than this. For MLX's
             CPU backend, whose quantized matmul is a scalar loop.
         pooling: Whether the checkpoint may be that of a model that embeds or classifies: see ``for_pooling``.
@@ -37,7 +43,7 @@ def load(
     module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype, pooling)
     if _expanded_nbytes(module) <= expand_to_bytes:
         mx.eval(dequantize_model(module).parameters())
-    return PagedModel(module, config)
+    return PagedModel(module, config, mla_kernel=mla_kernel)
 
 
 def _expanded_nbytes(module: nn.Module) -> int:

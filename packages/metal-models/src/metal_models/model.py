@@ -31,6 +31,7 @@ class PagedModel:
         config: As in the model's ``config.json``.
         fused_decode: Whether steps of one row per request run as a compiled program of fused kernels, where the model
             and the device have one; else everything runs on the model's own modules.
+        mla_kernel: Whether latent attention may use the GPU kernel; else it is plain MLX over gathered rows.
 
     Attributes:
         module: The model.
@@ -45,7 +46,9 @@ class PagedModel:
         UnsupportedModelError: A layer asks for something the paged cache does not have.
     """
 
-    def __init__(self, module: nn.Module, config: dict[str, Any], *, fused_decode: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, config: dict[str, Any], *, fused_decode: bool = True, mla_kernel: bool = True
+    ) -> None:
         self.module = module
         self.config = config
         multiply_rows_together(module)
@@ -58,6 +61,7 @@ class PagedModel:
         self._program = decode_program(module) if fused_decode and target() != "cpu" else None
         self._decode_step: DecodeStep | None = None
         self.lora = LoraLayers(module, self.dtype)
+        self._mla_kernel = mla_kernel
         self._step = Step()
         self._views: list[Any] = []
         self._pool: KVCachePool | None = None
@@ -104,7 +108,7 @@ class PagedModel:
 
     def _bind(self, pool: KVCachePool) -> None:
         """Make one view per cache of the model, over the layers of ``pool``."""
-        self._step = Step()
+        self._step = Step(self._mla_kernel)
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
         self._decode_step = decode_step(self._program, [f"{name}.attn" for name in self._trace.layers], pool)
         self._pool = pool

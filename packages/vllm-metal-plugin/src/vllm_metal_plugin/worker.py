@@ -59,7 +59,11 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         expand_to_bytes = memory.expanded_weights_limit(self.target, dtype)
         self.pools = self.model_config.runner_type == "pooling"
         self.model = metal_models.load(
-            self.model_config.model, dtype=dtype, expand_to_bytes=expand_to_bytes, pooling=self.pools
+            self.model_config.model,
+            dtype=dtype,
+            expand_to_bytes=expand_to_bytes,
+            pooling=self.pools,
+            mla_kernel=self.config.envs.mla_kernel is not False,
         )
         logger.info(
             "Loaded %s: %.2f GB in %.1f s",
