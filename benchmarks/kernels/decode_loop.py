@@ -128,6 +128,16 @@ def tokens_per_second(loop: Loop, reqs: int) -> str:
     return f"{reqs * STEPS / seconds:8.0f} tok/s, {per_step:6.2f} ms a step, host {host:.2f} ms"
 
 
+def memory_over(loop: Loop, steps: int) -> str:
+    """Run ``steps`` more steps and say what memory was in use after each quarter of them."""
+    used = []
+    for _ in range(4):
+        loop.run(steps // 4)
+        time.sleep(0.1)  # completed steps give their memory back on another thread
+        used.append(mx.get_active_memory() / 1e6)
+    return f"MB in use after each quarter of {steps} more steps: {', '.join(f'{value:.1f}' for value in used)}"
+
+
 def mlx_lm_rate(module: nn.Module, reqs: int, context: int) -> float:
     from mlx_lm.generate import BatchGenerator
 
@@ -163,14 +173,7 @@ def run_case(reqs: int, context: int, bits: int | None, options: argparse.Namesp
             loop = Loop(model, reqs, context, WARM_UP + STEPS + options.memory_steps)
             print(f"{name}: {label} {tokens_per_second(loop, reqs)}", flush=True)
             if label == "fused" and options.memory_steps:
-                mx.reset_peak_memory()
-                active = mx.get_active_memory()
-                loop.run(options.memory_steps)
-                print(
-                    f"{name}: {options.memory_steps} more steps: active memory {mx.get_active_memory() - active:+d} "
-                    f"bytes, peak {(mx.get_peak_memory() - active) / 1e6:.1f} MB above",
-                    flush=True,
-                )
+                print(f"{name}: {memory_over(loop, options.memory_steps)}", flush=True)
             del loop
     if options.mlx_lm:
         print(f"{name}: mlx-lm {mlx_lm_rate(module, reqs, context):8.0f} tok/s", flush=True)
