@@ -1,7 +1,7 @@
 """A scheduler's step of prompts to be pooled: state update, inputs, forward, vLLM's pooler."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -91,13 +91,14 @@ class PoolingRunner:
     def _metadata(self, inputs: StepInputs) -> PoolingMetadata:
         """Describe the step's requests, in its order, as vLLM's poolers want it."""
         requests = [self._batch.requests[row] for row in inputs.rows]
-        for request in requests:
-            self._pooler.get_pooling_updates(request.pooling_params.task).apply(request.pooling_params)
+        params: list[Any] = [request.pooling_params for request in requests]
+        for asked in params:
+            self._pooler.get_pooling_updates(asked.task).apply(asked)
         metadata = PoolingMetadata(
             prompt_lens=torch.tensor([request.num_prompt_tokens for request in requests]),
             prompt_token_ids=None,
-            prompt_token_ids_cpu=_prompts(requests),
-            pooling_params=[request.pooling_params for request in requests],
+            prompt_token_ids_cpu=_prompts(requests) if any(asked.requires_token_ids for asked in params) else None,
+            pooling_params=params,
             pooling_states=[request.pooling_states for request in requests],
         )
         metadata.build_pooling_cursor(
@@ -108,9 +109,7 @@ class PoolingRunner:
         return metadata
 
 
-def _prompts(requests: list[RequestState]) -> torch.Tensor | None:
-    """Return the prompts' tokens, padded on the right, where the pooler of one of them reads them."""
-    if not any(request.pooling_params.requires_token_ids for request in requests):
-        return None
+def _prompts(requests: list[RequestState]) -> torch.Tensor:
+    """Return the prompts' tokens, padded on the right."""
     prompts = [torch.from_numpy(request.token_ids.astype(np.int64)) for request in requests]
     return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)

@@ -1,0 +1,135 @@
+"""Embeddings and LoRA adapters through the real server and the real client."""
+
+import json
+import math
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import openai
+import pytest
+from live_server import Server, serving
+from mlx.utils import tree_flatten
+from mlx_lm.models.qwen3 import Model, ModelArgs
+
+VOCAB = 160
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FLAGS = ("--served-model-name", "tiny", "--max-model-len", "128", "--kv-cache-memory-bytes", str(4 << 20))
+
+
+def write_model(directory: Path) -> Model:
+    """Write a tiny random Qwen3 and a tokenizer whose words are ``w3``, ``w4``, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    rng = np.random.default_rng(1)
+    model = Model(ModelArgs.from_dict(CONFIG))
+    weights = {
+        name: mx.array((0.25 * rng.standard_normal(array.shape)).astype(np.float32)) + (array.ndim == 1)
+        for name, array in tree_flatten(model.parameters())
+    }
+    model.load_weights(list(weights.items()))
+    directory.mkdir(parents=True)
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model
+
+
+def write_adapter(directory: Path, model: Model, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            output, inputs = module.weight.shape
+            for letter, shape in (("A", (4, inputs)), ("B", (output, 4))):
+                array = mx.array(rng.normal(0, 0.2, shape).astype(np.float32))
+                tensors[f"base_model.model.{name}.lora_{letter}.weight"] = array
+    directory.mkdir()
+    mx.save_safetensors(str(directory / "adapter_model.safetensors"), tensors)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear"}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    texts = ["w5 w9 w17", "w40 " * 50, "w3"]
+    with (
+        serving(tmp_path / "model", tmp_path / "log", *FLAGS, "--runner", "pooling") as server,
+        server.client() as client,
+    ):
+        answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+        encoded = client.embeddings.create(model="tiny", input=texts)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="tiny", prompt="w5")
+    for text, item, other in zip(texts, answer.data, encoded.data, strict=True):
+        row = np.array(model.model(mx.array([[int(word[1:]) for word in text.split()]]))[0, -1])
+        np.testing.assert_allclose(item.embedding, row / np.linalg.norm(row), atol=2e-5)
+        np.testing.assert_allclose(other.embedding, item.embedding, atol=1e-6)
+        assert math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-4)
+
+
+def post(server: Server, path: str, **body: Any) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"{server.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_adapters_at_start_and_at_run_time(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    first, second = (write_adapter(tmp_path / name, model, seed) for name, seed in (("first", 1), ("second", 2)))
+    broken = write_adapter(tmp_path / "broken", model, 3)
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    flags = ("--enable-lora", "--max-loras", "2", "--lora-modules", f"first={first}")
+    with (
+        serving(tmp_path / "model", tmp_path / "log", *FLAGS, *flags, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server,
+        server.client() as client,
+    ):
+
+        def complete(name: str) -> str:
+            answer = client.completions.create(model=name, prompt="w5 w9 w17", max_tokens=12, temperature=0)
+            return str(answer.choices[0].text)
+
+        texts = [complete("tiny"), complete("first")]
+        status, text = post(server, "load_lora_adapter", lora_name="broken", lora_path=str(broken))
+        assert status >= 400
+        assert "[lora] expected safetensors" in text
+        assert post(server, "load_lora_adapter", lora_name="none", lora_path=str(tmp_path / "no"))[0] == 404
+        assert post(server, "load_lora_adapter", lora_name="second", lora_path=str(second))[0] == 200
+        texts.append(complete("second"))
+        assert {card.id for card in client.models.list()} == {"tiny", "first", "second"}
+        assert post(server, "unload_lora_adapter", lora_name="second")[0] == 200
+        with pytest.raises(openai.NotFoundError):
+            complete("second")
+        assert [complete("tiny"), complete("first")] == texts[:2]
+    assert len(set(texts)) == 3
