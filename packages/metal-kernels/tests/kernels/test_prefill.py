@@ -68,9 +68,17 @@ def test_sinks_of_gathered_prompts():
     check([20], [50], sinks=True, dtype=mx.float16, route="gathered")
 
 
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("head_size", [80, 256])
 def test_head_sizes(head_size):
     check([19], [40], 1, head_size, mx.float16, block_size=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
+def test_everything_that_dispatch_accepts(head_size, dtype, group):
+    check([19, 70], [400, 70], group, head_size, dtype, sinks=group == 3)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_every_head_has_its_place_in_matrices(group):
     assert (variant.parts - 1) * variant.heads < group <= variant.parts * variant.heads
 
 
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("head_size", [80, 256])
 def test_head_sizes_in_matrices(head_size):
     check_attention(RowFormat(1, head_size, "fp8_e4m3", "int8"), [40, 3], 3, mx.float16)
 
