@@ -175,12 +175,15 @@ def test_missing_and_damaged_files(tiny: Callable[..., PagedModel], tmp_path: Pa
         model.lora.load(path, max_rank=8)
 
 
-def test_layers_over_sequences_are_not_adapted(tiny: Callable[..., PagedModel], tmp_path: Path) -> None:
-    model = tiny("qwen3_next")
-    name = next(name for name, _ in model.module.named_modules() if name.endswith("linear_attn.out_proj"))
+@pytest.mark.parametrize(("architecture", "end"), [("qwen3_next", "linear_attn.out_proj"), ("dbrx", "experts.1.w1")])
+def test_layers_that_do_not_see_all_rows_are_not_adapted(
+    tiny: Callable[..., PagedModel], tmp_path: Path, architecture: str, end: str
+) -> None:
+    model = tiny(architecture)
+    name = next(name for name, _ in model.module.named_modules() if name.endswith(end))
     tensors = {
         f"base_model.model.{name}.lora_A.weight": mx.zeros((4, 8)),
         f"base_model.model.{name}.lora_B.weight": mx.zeros((8, 4)),
     }
-    with pytest.raises(AdapterError, match="out_proj"):
-        model.lora.load(save(tmp_path / "a", tensors, target_modules=["out_proj"]), max_rank=8)
+    with pytest.raises(AdapterError, match=end):
+        model.lora.load(save(tmp_path / "a", tensors, target_modules=[end.rpartition(".")[2]]), max_rank=8)

@@ -44,7 +44,7 @@ class LoraLayers:
 
     Nothing of the model changes until the first adapter is added; then the modules that an adapter is for get a
     subclass of their class, which adds ``x @ a @ b`` for the rows that use it. Layers that run over sequences rather
-    than rows, the embedding, the head and fused expert weights cannot be adapted.
+    than rows, the embedding, the head and experts cannot be adapted.
 
     Args:
         module: The model.
@@ -186,13 +186,16 @@ def _rows(used: np.ndarray) -> mx.array | None:
 
 
 def _targets(module: nn.Module) -> dict[str, Any]:
-    """Return the linear layers within the model's list of layers, save those that run over sequences."""
+    """Return the linear layers within the model's list of layers, save those that run over sequences.
+
+    Experts in a list of their own (two numbers in a name) see some of a step's rows only.
+    """
     over_sequences = [name for name, part in module.named_modules() if getattr(part, "takes_state_views", False)]
     return {
         name: part
         for name, part in module.named_modules()
         if isinstance(part, _LINEARS)
-        and any(piece.isdigit() for piece in name.split("."))
+        and sum(piece.isdigit() for piece in name.split(".")) == 1
         and not any(name.startswith(f"{outer}.") for outer in over_sequences)
     }
 
