@@ -112,6 +112,15 @@ def test_other_sequence_pooling(engine: Callable[..., LLM], saved: Saved, poolin
         np.testing.assert_allclose(got, normalised(pool(saved.rows(prompt))), atol=2e-5)
 
 
+def test_over_contiguous_caches(engine: Callable[..., LLM], saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+    llm = engine(max_num_batched_tokens=16)
+    expected = [normalised(saved.rows(prompt)[-1]) for prompt in PROMPTS]
+    for _ in range(2):
+        for got, want in zip(embed(llm, PROMPTS), expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_dimensions_and_activation(engine: Callable[..., LLM], saved: Saved) -> None:
     llm = engine(hf_overrides={"is_matryoshka": True})
     [plain] = embed(llm, PROMPTS[:1], use_activation=False)

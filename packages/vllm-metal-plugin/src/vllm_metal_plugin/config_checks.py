@@ -75,8 +75,6 @@ def _pooling(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     model = config.model_config
     if model is None or model.runner_type != "pooling":
         return
-    if not envs.use_paged_attention:
-        yield "expected VLLM_METAL_USE_PAGED_ATTENTION=1 with --runner pooling, got 0. Unset it."
     if model.convert_type not in ("embed", "classify"):
         yield (
             f"expected an architecture that vLLM makes a pooling model of, got {model.architecture}, which is one "
