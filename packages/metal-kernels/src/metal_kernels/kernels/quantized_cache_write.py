@@ -14,7 +14,7 @@ _KERNEL = PortableKernel(
     ("key_in", "value_in", "kv_cache_in", "slots_in"),
     ("order_out",),
     "quantized_cache_write.metal",
-    headers=("bits", "quantized"),
+    headers=("bits", "quantized", "quantized_store"),
 )
 
 
