@@ -10,6 +10,11 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import LayerCache
 from metal_models.errors import MetalModelsError
 
+OWN_MASK = (
+    "[attention] expected the mask that the cache made, got an array. "
+    "The model builds its own attention mask, which a paged cache cannot follow."
+)
+
 
 class Step:
     """The rows under way, shared by the views of all layers.
@@ -144,8 +149,11 @@ class CacheView:
 
         Returns:
             ``[tokens, q_heads, 1, latent]``, before the up-projection of values.
+
+        Raises:
+            MetalModelsError: The layer keeps no latents, so the array is a mask of the model's own.
         """
-        raise NotImplementedError
+        raise MetalModelsError(OWN_MASK)
 
     def read(self, use: Callable[[mx.array, RaggedBatch], mx.array], like: mx.array) -> mx.array:
         """Return what ``use`` makes of the layer's pages, for attention that no kernel does.

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import base
 
-from metal_models.cache_view import CacheView, PagedMask
+from metal_models.cache_view import OWN_MASK, CacheView, PagedMask
 from metal_models.errors import MetalModelsError
 
 _mlx_lm_attention = base.scaled_dot_product_attention
@@ -28,10 +28,7 @@ def scaled_dot_product_attention(
         if isinstance(mask, mx.array) and keys is values:
             return cache.step.owner(keys, cache).attend_latent(queries, mask, scale=scale)
         if isinstance(mask, mx.array):
-            raise MetalModelsError(
-                "[attention] expected the mask that the cache made, got an array. "
-                "The model builds its own attention mask, which a paged cache cannot follow."
-            )
+            raise MetalModelsError(OWN_MASK)
         return cache.step.owner(keys, cache).attend(queries, scale=scale, sinks=sinks)
     return _mlx_lm_attention(queries, keys, values, cache, scale, mask, sinks)
 
