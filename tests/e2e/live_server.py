@@ -65,7 +65,7 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
-    def wait_ready(self, timeout_s: float = 240) -> None:
+    def wait_ready(self, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.healthy():
             assert self.process.poll() is None, self.log.read_text()[-5000:]

@@ -4,6 +4,7 @@ import json
 import urllib.request
 from pathlib import Path
 
+import pytest
 from live_server import Server, serving
 
 from vllm_metal_hub.testing import FaultServer
@@ -50,6 +51,7 @@ def test_a_model_of_modelscope_is_served_with_the_hub_and_without_it(tmp_path: P
         assert answer(server, "org/tiny") == first
 
 
+@pytest.mark.slow
 def test_no_process_of_a_large_launch_asks_a_hub(tmp_path: Path) -> None:
     """Two engines, two API servers, a tokenizer and code from other repositories, nothing pulled before."""
     tiny = tiny_model()
