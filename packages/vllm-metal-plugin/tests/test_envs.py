@@ -8,6 +8,7 @@ def test_defaults_when_nothing_is_set() -> None:
     envs = read_envs({})
     assert envs.memory_fraction is None
     assert envs.use_mlx
+    assert not envs.wired_memory
     assert envs.use_paged_attention
     assert envs.device is None
     assert envs.block_size is None
@@ -27,6 +28,7 @@ def test_default_shown_to_users_is_accepted(var) -> None:  # type: ignore[no-unt
         ("VLLM_METAL_MEMORY_FRACTION", "auto", "memory_fraction", None),
         ("VLLM_METAL_MEMORY_FRACTION", "0.7", "memory_fraction", 0.7),
         ("VLLM_METAL_MEMORY_FRACTION", "1", "memory_fraction", 1.0),
+        ("VLLM_METAL_WIRED_MEMORY", "1", "wired_memory", True),
         ("VLLM_MLX_DEVICE", "CPU", "device", "cpu"),
         ("VLLM_METAL_BLOCK_SIZE", "32", "block_size", 32),
         ("VLLM_METAL_USE_MLX", "0", "use_mlx", False),

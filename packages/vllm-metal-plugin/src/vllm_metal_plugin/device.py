@@ -55,6 +55,17 @@ def system_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def wire_memory(target: Target, num_bytes: int) -> str:
+    """Let MLX keep up to ``num_bytes`` of its buffers resident; returns what was done, for the log."""
+    import mlx.core as mx
+
+    if target != "metal":
+        return "VLLM_METAL_WIRED_MEMORY has no effect: only Metal wires memory"
+    limit = min(num_bytes, total_memory_bytes(target))
+    mx.set_wired_limit(limit)
+    return f"Wired up to {limit / 1e9:.2f} GB: macOS cannot reclaim it while the server runs"
+
+
 def free_memory_bytes() -> int:
     """Memory that the system could hand out now without swapping."""
     import psutil  # type: ignore[import-untyped]

@@ -16,6 +16,7 @@ class MetalEnvs:
     """The values of all variables, read once at the edge of a process."""
 
     memory_fraction: float | None
+    wired_memory: bool
     use_mlx: bool
     device: Device | None
     block_size: int | None
@@ -103,8 +104,13 @@ TABLE: tuple[EnvVar, ...] = (
         "auto or a number in (0, 1]", "auto", None,
         "Share of the device's memory for weights, activations and KV cache together. `auto` takes "
         "`--gpu-memory-utilization` when it was passed, else 0.9 on a GPU; on a CPU half of the memory "
-        "that is "
-        "free, and at most 4 GiB of KV cache.",
+        "that is free, and at most 4 GiB of KV cache.",
+    ),
+    EnvVar(
+        "VLLM_METAL_WIRED_MEMORY", "wired_memory", _flag, _BOOL, "0", False,
+        "Keep weights and KV cache wired, so that macOS never pages them out after an idle time. A risk: wired "
+        "memory cannot be reclaimed, and Macs have panicked when it left the system too little; leave at least "
+        "a quarter of the memory free. Metal only.",
     ),
     EnvVar(
         "VLLM_METAL_USE_MLX", "use_mlx", _flag, _BOOL, "1", True,
@@ -131,8 +137,7 @@ TABLE: tuple[EnvVar, ...] = (
         _one_of("auto", "text-only-compat", "multimodal-native"),
         "auto, text-only-compat or multimodal-native", "auto", "auto",
         "How checkpoints with a vision or audio part are served: `auto` and `text-only-compat` serve "
-        "the language "
-        "model alone.",
+        "the language model alone.",
     ),
     EnvVar(
         "VLLM_USE_MODELSCOPE", "use_modelscope", _flag, _BOOL, "False", False,

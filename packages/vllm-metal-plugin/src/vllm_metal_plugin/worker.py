@@ -24,7 +24,7 @@ from metal_models.contiguous import ContiguousModel, needs_state
 from vllm_metal_plugin import kv_cache, memory
 from vllm_metal_plugin.cache_formats import VLLM_NAMES, CacheFormats
 from vllm_metal_plugin.config import MetalConfig
-from vllm_metal_plugin.device import device_name, select_device
+from vllm_metal_plugin.device import device_name, select_device, wire_memory
 from vllm_metal_plugin.forward_pass import ContiguousForward, ForwardPass, PagedForward
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
@@ -164,6 +164,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_config: "KVCacheConfig") -> None:
         """Allocate the cache that vLLM planned and put the runner together."""
+        if self.config.envs.wired_memory:
+            cache_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
+            logger.warning("%s", wire_memory(self.target, self.model.nbytes + cache_bytes))
         groups = kv_cache.to_groups(kv_cache_config, self.specs)
         kv_cache.log_block_translation(groups)
         vocab_size = self.model.vocab_size
