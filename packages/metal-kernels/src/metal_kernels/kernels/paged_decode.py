@@ -7,19 +7,13 @@ from jaxtyping import Float
 
 from metal_kernels.decode_plan import DecodePlan
 from metal_kernels.kernels.dispatch import DecodeVariant
+from metal_kernels.kernels.join_ranges import join_ranges
 from metal_kernels.kernels.source import PortableKernel, constants, order_input
 
 _INPUTS = ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in")
 _BODY = "paged_decode.metal"
 _DIRECT = PortableKernel("paged_decode_direct", (*_INPUTS, "sinks_in"), ("out",), _BODY, "#define DIRECT 1\n")
 _SPLIT = PortableKernel("paged_decode_split", _INPUTS, ("partial_out", "partial_stats"), _BODY, "#define DIRECT 0\n")
-_REDUCE = PortableKernel(
-    "paged_decode_reduce",
-    ("partial_out", "partial_stats", "ranges_in", "sinks_in"),
-    ("out",),
-    "paged_decode_reduce.metal",
-)
-_REDUCE_THREADS = 128
 
 
 def paged_decode(
@@ -49,30 +43,25 @@ def paged_decode(
     factors = (scale * log2(e), 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * log2(e))
     inputs = [query, kv_cache, plan.block_table, plan.work, constants(*factors), order_input(order_token)]
     template = _template(kv_cache, q_heads, variant, soft_cap is not None)
-    finish: dict[str, int | mx.Dtype] = {"T": query.dtype, "SINKS": sinks is not None}
-    sink_input = constants(0.0) if sinks is None else sinks.astype(mx.float32)
     threadgroups = (plan.num_ranges * kv_cache.shape[3] * variant.parts, 1)
     threads = variant.simdgroups * 32
-    result = ((plan.num_reqs, q_heads, head_size), query.dtype)
     if plan.direct:
         return _DIRECT(
-            [*inputs, sink_input], [result], template=template | finish, threadgroups=threadgroups, threads=threads
+            [*inputs, constants(0.0) if sinks is None else sinks.astype(mx.float32)],
+            [((plan.num_reqs, q_heads, head_size), query.dtype)],
+            template=template | {"T": query.dtype, "SINKS": sinks is not None},
+            threadgroups=threadgroups,
+            threads=threads,
         )[0]
     partial = (plan.num_ranges, q_heads)
-    partials = _SPLIT(
+    weighted, stats = _SPLIT(
         inputs,
         [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)],
         template=template,
         threadgroups=threadgroups,
         threads=threads,
     )
-    return _REDUCE(
-        [*partials, plan.ranges, sink_input],
-        [result],
-        threadgroups=(plan.num_reqs * q_heads, 1),
-        threads=_REDUCE_THREADS,
-        template={"HEAD_SIZE": head_size, "Q_HEADS": q_heads, "THREADS": _REDUCE_THREADS, **finish},
-    )[0]
+    return join_ranges(weighted, stats, plan, sinks, query.dtype)
 
 
 def _template(kv_cache: mx.array, q_heads: int, variant: DecodeVariant, soft_cap: bool) -> dict[str, int | mx.Dtype]:
