@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 HEADER = "# Written by scripts/lock.py: {what}. Universal, hashed, without index addresses.\n"
 FILES = {
-    "requirements.lock": ("what the packages need to run", [], ["cpu"]),
+    "requirements.lock": ("what the packages need to run", [], ["cpu", "multimodal"]),
     "requirements-dev.lock": (
         "the same, with the simulator and the demo, test and lint groups",
         ["dev", "lint"],
-        ["cpu", "simulator"],
+        ["cpu", "multimodal", "simulator"],
     ),
 }
 
