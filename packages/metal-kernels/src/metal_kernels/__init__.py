@@ -4,7 +4,7 @@ from metal_kernels.blas import prefer_fast_blas
 from metal_kernels.command_buffers import allow_large_command_buffers
 
 # Both only work before mlx.core is imported.
-prefer_fast_blas()
+CPU_BLAS = prefer_fast_blas()
 allow_large_command_buffers()
 
 # ruff: noqa: E402
@@ -29,6 +29,8 @@ from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
 
 __all__ = [
+    # the library behind matrix products on a CPU, or why it is MLX's own
+    "CPU_BLAS",
     # what a step looks like
     "RaggedBatch",
     # attention and its cache

@@ -1,5 +1,6 @@
 """KV-cache memory for MLX: specs, layouts, pools, block tables and a memory budget."""
 
+import metal_kernels  # noqa: F401  first: chooses the BLAS before MLX is imported
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.block_pool import BlockPool, SequenceBlocks
 from metal_kv.block_table import BlockTable, kernel_block_table
