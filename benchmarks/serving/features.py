@@ -7,6 +7,7 @@ The kinds of request take turns in one run against one server; only the ratios a
 
 import argparse
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,20 @@ def main() -> None:
                     assert result.tokens == len(PROMPTS) * options.max_tokens, (kind, result)
                     if turn:  # the first turn warms up
                         speeds[kind].append(result.tokens_per_s)
+                    print(f"round {turn}/{options.rounds}: {kind}", end="\r", file=sys.stderr, flush=True)
+                print_table(speeds)
+
+
+def print_table(speeds: dict[str, list[float]]) -> None:
+    """Print the medians of the rounds so far."""
+    rounds = len(speeds["greedy"])
+    if not rounds:
+        return
+    print(f"after {rounds} rounds")
     base = statistics.median(speeds["greedy"])
     for kind, values in speeds.items():
         speed = statistics.median(values)
-        print(f"{kind:<44} {speed:8.1f} tokens/s {speed / base:6.2f} of greedy")
+        print(f"{kind:<44} {speed:8.1f} tokens/s {speed / base:6.2f} of greedy", flush=True)
 
 
 if __name__ == "__main__":
