@@ -1,6 +1,5 @@
 """Steps in which every request has one row: a compiled graph for each bucket of sizes."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,7 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool, LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import DecodeLayer, DecodeProgram
-
-# Requests that a step is padded to.
-_BUCKETS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-_IN_FLIGHT = 4  # steps that may be under way at once without waiting for one
-_MIN_ELEMENTS = 8  # MLX puts smaller inputs in another Metal address space
+from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket
 
 
 @dataclass(frozen=True)
@@ -41,25 +36,6 @@ class _StepSizes:
     plans: tuple[tuple[_PlanKey, DecodeSizes], ...]
 
 
-class _Slot:
-    """Memory that the host fills and a step reads.
-
-    It is used again and again: MLX would give a dropped array's memory to a later result on the device, and move its
-    pages between host and device each time.
-
-    Attributes:
-        array: As the device sees it.
-        view: As the host sees it.
-        reader: What the last step that reads it computes.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.array = mx.zeros(size, mx.int32)
-        mx.eval(self.array)
-        self.view = np.array(self.array, copy=False)
-        self.reader: mx.array | None = None
-
-
 class DecodeStep:
     """A decode program bound to the layers of a pool.
 
@@ -75,13 +51,13 @@ class DecodeStep:
         self._keys = [_plan_key(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)]
         self._distinct = tuple(dict.fromkeys(self._keys))
         self._compiled = compiled
-        self._rings: dict[int, deque[_Slot]] = {}
+        self._memory = StepMemory()
         self._graphs: dict[_StepSizes, Callable[[mx.array, mx.array], mx.array]] = {}
 
     def serves(self, metadata: Sequence[AttentionMetadata]) -> bool:
         """Whether every request of the step has one row, and there are not too many."""
         batch = metadata[0].batch
-        return 0 < batch.num_reqs <= _BUCKETS[-1] and batch.num_decodes == batch.num_reqs
+        return 0 < batch.num_reqs <= BUCKETS[-1] and batch.num_decodes == batch.num_reqs
 
     def __call__(
         self, token_ids: Int32[mx.array, "tokens"], metadata: Sequence[AttentionMetadata]
@@ -100,26 +76,13 @@ class DecodeStep:
             graph = self._graphs[sizes] = mx.compile(graph) if self._compiled else graph
         if rows < sizes.reqs:
             token_ids = mx.pad(token_ids, (0, sizes.reqs - rows))
-        slot = self._slot(packed.size)
-        slot.view[:] = packed
+        slot = self._memory.filled(packed)
         slot.reader = hidden = graph(token_ids, slot.array)
         return hidden[:rows] if rows < sizes.reqs else hidden
 
-    def _slot(self, size: int) -> "_Slot":
-        """Return memory for ``size`` elements that no step in flight reads."""
-        ring = self._rings.setdefault(size, deque())
-        if len(ring) < _IN_FLIGHT:
-            ring.append(_Slot(size))
-            return ring[-1]
-        ring.rotate(-1)
-        slot = ring[-1]
-        if slot.reader is not None:
-            mx.eval(slot.reader)
-        return slot
-
     def _run(self, sizes: _StepSizes, token_ids: mx.array, packed: mx.array) -> mx.array:
         """Compute a step from its padded ids and the one array that says everything else."""
-        slots_size = max(_MIN_ELEMENTS, sizes.reqs)
+        slots_size = max(MIN_ELEMENTS, sizes.reqs)
         positions, at = packed[: sizes.reqs], slots_size
         slots, plans = {}, {}
         for key, plan_sizes in sizes.plans:
@@ -177,9 +140,9 @@ def _packed(
 ) -> tuple[_StepSizes, Int32[np.ndarray, "elements"]]:
     """Return positions, then slots and plan for each of ``keys``, as one array: it travels to the device at once."""
     batch = metadata[0].batch
-    reqs = next(bucket for bucket in _BUCKETS if bucket >= batch.num_reqs)
-    positions = np.zeros(max(_MIN_ELEMENTS, reqs), np.int32)
-    positions[: batch.num_reqs] = batch.seq_lens - 1
+    reqs = bucket(batch.num_reqs)
+    positions = np.zeros(max(MIN_ELEMENTS, reqs), np.int32)
+    positions[: batch.num_reqs] = np.asarray(metadata[0].positions)
     parts, plans = [positions], []
     for key in keys:
         group = metadata[key.group]
