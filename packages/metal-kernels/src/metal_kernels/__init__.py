@@ -15,6 +15,7 @@ from metal_kernels.decode_plan import DecodePlan, DecodeSizes, pack_decode, plan
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.fused_rows import add_rms_norm, silu_and_mul
+from metal_kernels.gated_delta_rows import GatedDeltaRows, HeadPart
 from metal_kernels.gather_kv_cache import gather_kv_cache
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.paged_attention import paged_attention
@@ -24,6 +25,7 @@ from metal_kernels.quantized_cache import (
     quantized_reshape_and_cache,
 )
 from metal_kernels.ragged import RaggedBatch
+from metal_kernels.recurrent_decode import gated_delta_decode, short_conv_decode
 from metal_kernels.reshape_and_cache import reshape_and_cache
 from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
@@ -54,6 +56,11 @@ __all__ = [
     "plan_decode",
     "pack_decode",
     "decode_attention",
+    # one token of recurrent layers
+    "GatedDeltaRows",
+    "HeadPart",
+    "gated_delta_decode",
+    "short_conv_decode",
     # between the matmuls
     "rope_and_cache",
     "add_rms_norm",

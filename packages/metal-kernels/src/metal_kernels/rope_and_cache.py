@@ -18,6 +18,7 @@ def rope_and_cache(
     k_norm: Float[mx.array, "head_size"] | None = None,
     eps: float = 0.0,
     traditional: bool = False,
+    gated: bool = False,
 ) -> tuple[Float[mx.array, "tokens q_heads head_size"], Float[mx.array, "blocks 2 block_size kv_heads head_size"]]:
     """Normalise and rotate queries and keys, and write keys and values at their slots.
 
@@ -33,6 +34,7 @@ def rope_and_cache(
         k_norm: Weight of that of each key head; None if and only if ``q_norm`` is.
         eps: Added to the mean square.
         traditional: Whether a pair is two neighbours, not elements half the rotated size apart.
+        gated: Whether a gate of the same size follows each query head in ``qkv``; it is passed over.
 
     Returns:
         The queries, rotated, and the cache that holds the rows.
@@ -40,7 +42,7 @@ def rope_and_cache(
     Raises:
         MetalKernelsError: A shape does not fit the cache.
     """
-    _check(qkv, cos_sin, kv_cache, slot_mapping, q_norm, k_norm)
+    _check(qkv, cos_sin, kv_cache, slot_mapping, q_norm, k_norm, gated)
     run = kernels.rope_and_cache if kernels.move_pages(kv_cache) else reference.rope_and_cache
     return run(
         qkv,
@@ -51,6 +53,7 @@ def rope_and_cache(
         k_norm=k_norm,
         eps=eps,
         traditional=traditional,
+        gated=gated,
     )
 
 
@@ -61,6 +64,7 @@ def _check(
     slot_mapping: mx.array,
     q_norm: mx.array | None,
     k_norm: mx.array | None,
+    gated: bool,
 ) -> None:
     """Refuse what does not fit together."""
     require_kv_cache("rope_and_cache", kv_cache)
@@ -69,6 +73,11 @@ def _check(
         raise MetalKernelsError(
             f"[rope_and_cache] expected rows of query heads and {2 * kv_heads} more heads of {head_size}, got "
             f"{qkv.shape[1]} elements. Join the projections of queries, keys and values."
+        )
+    if gated and (qkv.shape[1] // head_size) % 2:
+        raise MetalKernelsError(
+            f"[rope_and_cache] expected a gate for each query head, got rows of {qkv.shape[1] // head_size} heads. "
+            "Let the gate follow its query."
         )
     if cos_sin.shape[0] != tokens or cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_size or head_size % 2:
         raise MetalKernelsError(

@@ -23,9 +23,9 @@ def angles(positions, size):
     return mx.array(np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32))
 
 
-def arguments(head_size, rotary, dtype, norm):
+def arguments(head_size, rotary, dtype, norm, gated=False):
     rng = np.random.default_rng(0)
-    qkv = random_array(rng, len(SLOTS), (Q_HEADS + 2 * KV_HEADS) * head_size, dtype=dtype)
+    qkv = random_array(rng, len(SLOTS), (Q_HEADS * (1 + gated) + 2 * KV_HEADS) * head_size, dtype=dtype)
     cache = random_array(rng, BLOCKS, 2, BLOCK_SIZE, KV_HEADS, head_size, dtype=dtype)
     norms = {name: random_array(rng, head_size, dtype=dtype) for name in ("q_norm", "k_norm")} if norm else {}
     return [qkv, angles([3, 0, 1000, 17, 40], rotary), cache, mx.array(SLOTS + [-1] * 3, mx.int32)], norms | {
@@ -43,9 +43,10 @@ def arguments(head_size, rotary, dtype, norm):
         (mx.bfloat16, 256, 64, False, False),
     ],
 )
-def test_agrees_with_its_twin(dtype, head_size, rotary, norm, traditional):
-    positional, options = arguments(head_size, rotary, dtype, norm)
-    options["traditional"] = traditional
+@pytest.mark.parametrize("gated", [False, True])
+def test_agrees_with_its_twin(dtype, head_size, rotary, norm, traditional, gated):
+    positional, options = arguments(head_size, rotary, dtype, norm, gated)
+    options |= {"traditional": traditional, "gated": gated}
     cache = positional[2]
     copy = mx.array(np.array(cache.astype(mx.float32))).astype(dtype)
     want, wanted = reference.rope_and_cache(positional[0], positional[1], copy, positional[3], **options)

@@ -9,6 +9,7 @@ from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
     DecodeVariant,
+    GatedDeltaVariant,
     GatheredPrefill,
     LatentVariant,
     PrefillVariant,
@@ -17,6 +18,7 @@ from metal_kernels.kernels.dispatch import (
     QuantizedVariant,
     Rejected,
     decode_kernel,
+    gated_delta_kernel,
     gathered_prefill,
     mla_decode_kernel,
     page_kernels,
@@ -24,6 +26,7 @@ from metal_kernels.kernels.dispatch import (
     quantized_decode_kernel,
     quantized_write_kernel,
     row_kernels,
+    short_conv_kernel,
 )
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.mla_decode import mla_decode
@@ -36,6 +39,7 @@ from metal_kernels.kernels.prefill_tiled import prefill_tiled
 from metal_kernels.kernels.quantized_cache_write import quantized_reshape_and_cache
 from metal_kernels.kernels.quantized_decode import quantized_decode
 from metal_kernels.kernels.quantized_step import quantized_paged_attention
+from metal_kernels.kernels.recurrent_decode import gated_delta_decode, short_conv_decode
 from metal_kernels.kernels.rope_and_cache import rope_and_cache
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.states import gather_states, move_states, scatter_states
@@ -44,6 +48,7 @@ from metal_kernels.kernels.step import paged_attention
 __all__ = [
     "Accepted",
     "DecodeVariant",
+    "GatedDeltaVariant",
     "GatheredPrefill",
     "LatentVariant",
     "PrefillVariant",
@@ -54,6 +59,8 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "decode_kernel",
+    "gated_delta_decode",
+    "gated_delta_kernel",
     "gather_blocks",
     "gathered_prefill",
     "gather_states",
@@ -78,6 +85,8 @@ __all__ = [
     "reshape_and_cache",
     "rope_and_cache",
     "row_kernels",
+    "short_conv_decode",
+    "short_conv_kernel",
     "silu_and_mul",
     "scatter_states",
     "writes_in_place",

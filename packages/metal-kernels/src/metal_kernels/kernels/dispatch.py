@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from metal_kernels.device import Target
+from metal_kernels.gated_delta_rows import GatedDeltaRows
 from metal_kernels.row_format import RowFormat
 
 _Variant = TypeVar("_Variant")
@@ -21,6 +22,8 @@ _MAX_SHARED = 512  # floats of output that a SIMD-group puts into threadgroup me
 _MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
 _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
 _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
+_MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
+_MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
 # What prefill costs on an H200, in microseconds and operations per microsecond: benchmarks/kernels/prefill_check.py.
@@ -129,6 +132,19 @@ class LatentVariant:
 
 
 @dataclass(frozen=True)
+class GatedDeltaVariant:
+    """How one token of a gated delta net is laid out.
+
+    Args:
+        simdgroups: SIMD-groups of a threadgroup, which has a key head: each takes 4 rows of its memory at a time.
+        unrolled: Rows that a lane loads its part of before it uses one.
+    """
+
+    simdgroups: int
+    unrolled: int
+
+
+@dataclass(frozen=True)
 class PrefillVariant:
     """How tiled prefill is laid out.
 
@@ -137,6 +153,23 @@ class PrefillVariant:
     """
 
     simdgroups: int
+
+
+@dataclass(frozen=True)
+class LinearVariant:
+    """How a linear layer on few rows is laid out; the names are the body's.
+
+    Args:
+        tiles: Rows of the weight that a threadgroup takes, in units of 16.
+        columns: Rows of the input, in units of 8.
+        simdgroups: SIMD-groups of a threadgroup: they share the inner axis.
+        depth: Loads of weights that a lane has under way for each row of a tile.
+    """
+
+    tiles: int
+    columns: int
+    simdgroups: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -258,6 +291,44 @@ def mla_decode_kernel(
     if latent_size + rope_size > _MAX_LATENT_ROW:
         return Rejected(f"rows of {latent_size + rope_size} elements; threadgroup memory holds {_MAX_LATENT_ROW}")
     return Accepted(variant)
+
+
+@cache
+def gated_delta_kernel(
+    target: Target, dtype: mx.Dtype, page_words: int, rows: GatedDeltaRows
+) -> Accepted[GatedDeltaVariant] | Rejected:
+    """Decide on one token of a gated delta net, over pages of ``page_words`` words."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
+    if rows.k_size % 32 or rows.v_size % 32 or rows.k_size > _MAX_DELTA_KEY or rows.v_heads % rows.k_heads:
+        return Rejected(
+            f"keys of {rows.k_size} and values of {rows.v_size} elements, {rows.v_heads} value heads for "
+            f"{rows.k_heads} key heads; the kernel takes multiples of 32 up to {_MAX_DELTA_KEY}, and of the key heads"
+        )
+    history_words, _ = rows.state_words(dtype)
+    if rows.taps < 2 or history_words % 4 or page_words % 4:
+        return Rejected(
+            f"{history_words} words before the memory in pages of {page_words}; the kernel loads 16 bytes at a time"
+        )
+    values = rows.v_heads // rows.k_heads * rows.v_size
+    layouts = ((16, 2), (8, 2), (8, 1)) if target == "cuda" else ((8, 2), (8, 1))
+    simdgroups, unrolled = next(layout for layout in layouts if values % (4 * layout[0] * layout[1]) == 0)
+    return Accepted(GatedDeltaVariant(simdgroups, unrolled))
+
+
+def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) -> Accepted[RowKernels] | Rejected:
+    """Decide on one token of a gated short convolution of ``width`` channels."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
+    if taps < 2 or (taps - 1) * width * dtype.size % 4 or width < _MIN_CHANNELS:
+        return Rejected(
+            f"{taps} taps of {width} channels; a state has whole words, of at least {_MIN_CHANNELS} channels"
+        )
+    return Accepted(RowKernels())
 
 
 @cache

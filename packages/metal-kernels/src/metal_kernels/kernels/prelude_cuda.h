@@ -19,6 +19,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 __device__ __forceinline__ float rsqrt_precise(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float tanh_precise(float x) { return tanhf(x); }
+__device__ __forceinline__ float log_precise(float x) { return logf(x); }
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -7,6 +7,7 @@
 METAL_FUNC float exp2_fast(float x) { return fast::exp2(x); }
 METAL_FUNC float rsqrt_precise(float x) { return precise::rsqrt(x); }
 METAL_FUNC float tanh_precise(float x) { return precise::tanh(x); }
+METAL_FUNC float log_precise(float x) { return precise::log(x); }
 template <typename T> METAL_FUNC float to_f32(T x) { return float(x); }
 template <typename T> METAL_FUNC T from_f32(float x) { return T(x); }
 // N consecutive elements, in the widest loads that their alignment allows.

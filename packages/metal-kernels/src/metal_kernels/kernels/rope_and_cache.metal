@@ -8,6 +8,7 @@ const int head = int(threadgroup_position_in_grid.y) * SIMDGROUPS + int(simdgrou
 const int lane = int(thread_index_in_simdgroup);
 const bool is_query = head < Q_HEADS;
 const bool is_value = head >= Q_HEADS + KV_HEADS;
+const int source = !GATED ? head : is_query ? 2 * head : Q_HEADS + head;  // a gate follows each query
 const int slot = is_query ? 0 : slots_in[row * slots_in_strides[0]];
 // Whole SIMD-groups leave together, so the shuffles below are met by all lanes of those that stay.
 if (head < HEADS && slot >= 0) {
@@ -20,7 +21,7 @@ if (head < HEADS && slot >= 0) {
     at[p][0] = rotated && !TRADITIONAL ? pair : 2 * pair;
     at[p][1] = rotated && !TRADITIONAL ? pair + ROTARY / 2 : 2 * pair + 1;
     UNROLL for (int i = 0; i < 2; ++i) {
-      x[p][i] = pair < HEAD_SIZE / 2 ? to_f32(qkv_in[row * qkv_in_strides[0] + (head * HEAD_SIZE + at[p][i]) * qkv_in_strides[1]]) : 0.0f;
+      x[p][i] = pair < HEAD_SIZE / 2 ? to_f32(qkv_in[row * qkv_in_strides[0] + (source * HEAD_SIZE + at[p][i]) * qkv_in_strides[1]]) : 0.0f;
       square += x[p][i] * x[p][i];
     }
   }

@@ -24,11 +24,13 @@ def rope_and_cache(
     k_norm: Float[mx.array, "head_size"] | None = None,
     eps: float = 0.0,
     traditional: bool = False,
+    gated: bool = False,
 ) -> tuple[Float[mx.array, "tokens q_heads head_size"], Float[mx.array, "blocks 2 block_size kv_heads head_size"]]:
     """Rotate and write rows; see :func:`metal_kernels.rope_and_cache`."""
     _, _, block_size, kv_heads, head_size = kv_cache.shape
-    tokens, heads = qkv.shape[0], qkv.shape[1] // head_size
-    q_heads = heads - 2 * kv_heads
+    tokens = qkv.shape[0]
+    q_heads = (qkv.shape[1] // head_size - 2 * kv_heads) // (2 if gated else 1)
+    heads = q_heads + 2 * kv_heads
     if tokens == 0:
         return mx.zeros((0, q_heads, head_size), qkv.dtype), kv_cache
     norm = q_norm is not None and k_norm is not None
@@ -55,6 +57,7 @@ def rope_and_cache(
             "ROTARY": cos_sin.shape[1],
             "TRADITIONAL": traditional,
             "NORM": norm,
+            "GATED": gated,
             "SIMDGROUPS": _SIMDGROUPS,
         },
     )

@@ -15,12 +15,14 @@ from metal_kernels.reference.quantized import (
     quantized_paged_attention,
     quantized_reshape_and_cache,
 )
+from metal_kernels.reference.recurrent import gated_delta_decode, short_conv_decode
 
 __all__ = [
     "add_rms_norm",
     "concat_and_cache_mla",
     "copy_blocks",
     "decode_attention",
+    "gated_delta_decode",
     "gather_kv_cache",
     "mla_attention",
     "paged_attention",
@@ -29,5 +31,6 @@ __all__ = [
     "quantized_reshape_and_cache",
     "reshape_and_cache",
     "rope_and_cache",
+    "short_conv_decode",
     "silu_and_mul",
 ]

@@ -33,12 +33,15 @@ def rope_and_cache(
     k_norm: Float[mx.array, "head_size"] | None = None,
     eps: float = 0.0,
     traditional: bool = False,
+    gated: bool = False,
 ) -> tuple[Float[mx.array, "tokens q_heads head_size"], Float[mx.array, "blocks 2 block_size kv_heads head_size"]]:
     """Rotate and write rows; see :func:`metal_kernels.rope_and_cache`."""
     kv_heads, head_size = kv_cache.shape[3:]
     tokens = qkv.shape[0]
     rows = qkv.reshape(tokens, -1, head_size)
     query, key, value = mx.split(rows, [rows.shape[1] - 2 * kv_heads, rows.shape[1] - kv_heads], axis=1)
+    if gated:
+        query = query[:, ::2]
     if q_norm is not None and k_norm is not None:
         query, key = mx.fast.rms_norm(query, q_norm, eps), mx.fast.rms_norm(key, k_norm, eps)
     query, key = (_rotate(heads, cos_sin, traditional) for heads in (query, key))
