@@ -23,8 +23,8 @@ LAYERS = {
 TEST_EXTRAS = {"metal-kernels": "cpu,simulator", "metal-models": "torch"}
 NEEDS_VLLM = ("vllm-metal-plugin", "vllm-metal-hub")
 PYTHON = "3.11"
-# One compiled cache for all sessions would hide nothing and saves a minute.
-TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# Each server that a test starts would compile vLLM and torch anew (half a minute) where the variable is set.
+TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def install(session: nox.Session, dist: str, *groups: str, extras: dict[str, str] | None = None) -> None:
