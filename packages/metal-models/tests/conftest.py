@@ -78,6 +78,7 @@ class Request:
     computed: int = 0
     blocks: list[list[int]] = field(default_factory=list)
     logprobs: list[np.ndarray] = field(default_factory=list)
+    items: Sequence[Any] = ()
 
 
 class Server:
@@ -100,6 +101,14 @@ class Server:
             ]
         return Request(list(tokens), shared_tokens, blocks)
 
+    def positions(self, work: Sequence[tuple[Request, int]]) -> mx.array | None:
+        """Return the positions of a step's rows where they do not just count up."""
+        return None
+
+    def inputs(self, work: Sequence[tuple[Request, int]]) -> dict[str, Any]:
+        """Return what the forward pass of a step takes beside tokens."""
+        return {}
+
     def step(self, work: Sequence[tuple[Request, int]]) -> mx.array:
         """Compute the next ``n`` tokens of every request; append a greedy token where it was the last."""
         work = sorted(work, key=lambda item: item[1] > 1)
@@ -115,12 +124,13 @@ class Server:
                 seq_lens,
                 _table([r.blocks[g] for r, _ in work]),
                 group.block_size,
+                self.positions(work),
                 keeps_rows=group.keeps_rows,
             )
             for g, group in enumerate(self.groups)
         ]
         ids = [t for r, n in work for t in r.tokens[r.computed : r.computed + n]]
-        hidden = self.model.forward(mx.array(ids, mx.int32), metadata, self.pool)
+        hidden = self.model.forward(mx.array(ids, mx.int32), metadata, self.pool, **self.inputs(work))
         logits = self.model.compute_logits(hidden[mx.array(starts[1:] - 1)])
         mx.eval(logits, *self.pool.arrays())
         logprobs = np.array((logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32))

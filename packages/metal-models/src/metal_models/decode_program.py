@@ -106,6 +106,8 @@ def decode_program(model: nn.Module) -> DecodeProgram | None:
 
     Joins linear layers in place; the model computes as before.
     """
+    wrapped: Any = getattr(model, "language_model", model)  # what wraps it does nothing to a decode step
+    model = wrapped
     file = type(model).__module__.rpartition(".")[2]
     backbone: Any = getattr(model, "model", None)
     if not type(model).__module__.startswith("mlx_lm.models.") or file not in _FAMILIES or not backbone.layers:

@@ -9,6 +9,7 @@ from mlx_lm.utils import _get_classes as mlx_lm_classes
 
 from metal_kv.spec import KVCacheSpec
 from metal_models import interception
+from metal_models.config_names import reading_new_names
 from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
@@ -61,9 +62,9 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     if file in _REFUSED:
         raise UnsupportedModelError(architecture, _REFUSED[file])
     if file not in _ADAPTED:
-        return classes
+        return classes[0], reading_new_names(classes[1])
     module = importlib.import_module(f"metal_models.adapters.{file}")
-    return module.Model, module.ModelArgs
+    return module.Model, reading_new_names(module.ModelArgs)
 
 
 def architecture_of(config: dict[str, Any]) -> str:

@@ -1,0 +1,45 @@
+"""Gives mlx-lm's model files the values that transformers 5 keeps elsewhere in a config."""
+
+from functools import cache
+from typing import Any
+
+
+@cache
+def reading_new_names(args_class: Any) -> Any:
+    """Return a model's arguments class that also understands configs written by transformers 5.
+
+    Many of mlx-lm's files look for ``rope_theta`` and fall back to a number of their own, silently, where a config has
+    ``rope_parameters`` instead.
+    """
+
+    def from_dict(cls: Any, params: dict[str, Any]) -> Any:
+        return args_class.from_dict.__func__(cls, with_old_names(params))
+
+    return type(
+        args_class.__name__, (args_class,), {"from_dict": classmethod(from_dict), "__module__": args_class.__module__}
+    )
+
+
+def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` in which rotary parameters also have the names they had before transformers 5."""
+    named = _named(config)
+    if isinstance(config.get("text_config"), dict):
+        named["text_config"] = _named(config["text_config"])
+    return named
+
+
+def _named(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return dict(config)
+    found: dict[str, Any] = {}
+    local = rope.get("sliding_attention")
+    if isinstance(local, dict):  # by kind of layer
+        found["rope_local_base_freq"] = local.get("rope_theta")
+        rope = rope.get("full_attention") or {}
+    found["rope_theta"] = rope.get("rope_theta")
+    found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {"type": rope["rope_type"], **rope}
+    missing = {name: value for name, value in found.items() if value is not None and config.get(name) is None}
+    return {**config, **missing}

@@ -1,0 +1,125 @@
+"""Loads the towers of a checkpoint; its language model is ``metal_models.load``'s."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from metal_models.checkpoint import check_files
+from metal_models.errors import CheckpointError, MetalModelsError
+from metal_models.multimodal.mlx_vlm_models import build, installed
+from metal_models.multimodal.towers import Towers
+
+# ``model_type`` -> module in ``families`` whose ``Family`` encodes for it.
+_FAMILIES = {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+}
+
+
+@dataclass(frozen=True)
+class TowerVerdict:
+    """Whether a model's inputs other than text can be encoded; true if so.
+
+    Attributes:
+        modalities: What it takes: of ``image``, ``video`` and ``audio``.
+        reason: One clause saying why it takes none.
+    """
+
+    modalities: frozenset[str]
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.modalities)
+
+
+def has_towers(config: dict[str, Any]) -> TowerVerdict:
+    """Tell what a model with this ``config.json`` can take beside text; nothing is read, mlx-vlm is not imported."""
+    family = _family(config)
+    if family is None:
+        return TowerVerdict(frozenset(), f"there is no encoder for {config.get('model_type')!r}")
+    modalities = family.modalities_of(config)
+    if not modalities:
+        return TowerVerdict(frozenset(), "its config.json describes no encoder")
+    if not installed():
+        return TowerVerdict(frozenset(), "mlx-vlm is not installed (metal-models[multimodal])")
+    return TowerVerdict(modalities)
+
+
+def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | None = None) -> Towers:
+    """Load the towers of a checkpoint and evaluate their parameters; no other weights are read.
+
+    Args:
+        path: A directory of safetensors, as Hugging Face or mlx-vlm writes it.
+        config: Its ``config.json``.
+        dtype: Type to cast floating-point parameters to; by default they stay as stored.
+
+    Raises:
+        MetalModelsError: There are no towers for this model, or mlx-vlm is not installed.
+        CheckpointError: A file or tensor of theirs is missing, too many or misshapen.
+    """
+    family = _family(config)
+    if family is None:
+        raise MetalModelsError(
+            f"[towers] expected one of {', '.join(_FAMILIES)}, got {config.get('model_type')!r}. "
+            "Serve the language model alone."
+        )
+    model = build(family.package, family.vlm_config(config))
+    parts = model.parts(family.part_names)
+    path = Path(path)
+    check_files(path)
+    weights: dict[str, Any] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        stored: Any = mx.load(str(file))
+        weights.update(stored)
+    try:
+        own = {
+            name: array
+            for name, array in model.sanitize(weights).items()
+            if name.partition(".")[0] in family.part_names
+        }
+        _quantize(parts, own, config)
+        parts.load_weights(list(own.items()), strict=True)
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"[towers] expected the encoders of {config['model_type']!r} in {path}, got: "
+            f"{' '.join(str(error).split())[:300]}. Check that the files belong together, or serve the language model "
+            "alone."
+        ) from error
+    if dtype is not None:
+        parts.update(tree_map(lambda array: _cast(array, dtype), parts.parameters()))
+    parts.eval()
+    mx.eval(parts.parameters())
+    return family(dict(parts.children()), config)
+
+
+def _family(config: dict[str, Any]) -> type[Towers] | None:
+    name = _FAMILIES.get(str(config.get("model_type")))
+    if name is None:
+        return None
+    family: type[Towers] = importlib.import_module(f"metal_models.multimodal.families.{name}").Family
+    return family
+
+
+def _quantize(parts: nn.Module, weights: dict[str, mx.array], config: dict[str, Any]) -> None:
+    """Make quantised modules where the checkpoint has scales."""
+    declared = config.get("quantization") or config.get("quantization_config") or {}
+    common = {name: declared[name] for name in ("group_size", "bits", "mode") if name in declared}
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
+            return False
+        own = declared.get(path)
+        return {**common, **own} if isinstance(own, dict) else common
+
+    if any(name.endswith(".scales") for name in weights):
+        nn.quantize(parts, class_predicate=how)
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,0 +1,107 @@
+"""Makes mlx-vlm's models, for their towers."""
+
+import copy
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from metal_models.config_names import with_old_names
+from metal_models.errors import MetalModelsError
+
+_SUB_CONFIGS = ("text", "vision", "perceiver", "projector", "audio")
+
+
+def installed() -> bool:
+    """Whether mlx-vlm is there; it is not imported."""
+    return importlib.util.find_spec("mlx_vlm") is not None
+
+
+@dataclass(frozen=True, eq=False)
+class VlmModel:
+    """One of mlx-vlm's models, with random, unevaluated parameters: it takes time for its modules but no memory.
+
+    Attributes:
+        package: Its package.
+        config: Its config object.
+        module: The model.
+    """
+
+    package: Any
+    config: Any
+    module: Any
+
+    def parts(self, names: Iterable[str]) -> nn.Module:
+        """Return a module of nothing but some of the model's modules; those that it lacks are left out."""
+        kept: Any = nn.Module()
+        for name in names:
+            part = getattr(self.module, name, None)
+            if part is not None:
+                setattr(kept, name, part)
+        own: nn.Module = kept
+        return own
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return the tensors of a checkpoint under the names and in the layouts of the model's towers, lazily."""
+        sanitizers = [self.module]
+        for kind in ("Vision", "Audio"):
+            part = getattr(self.package, f"{kind}Model", None)
+            config = getattr(self.config, f"{kind.lower()}_config", None)
+            if part is not None and config is not None and hasattr(part, "sanitize"):
+                sanitizers.append(part(config))
+        for sanitizer in sanitizers:
+            weights = sanitizer.sanitize(weights) if hasattr(sanitizer, "sanitize") else weights
+        return weights
+
+
+def build(package_name: str, config: dict[str, Any]) -> VlmModel:
+    """Make the model of ``mlx_vlm.models.<package_name>`` for a ``config.json``.
+
+    Raises:
+        MetalModelsError: mlx-vlm is not installed, or the config lacks a value.
+    """
+    package = _import(package_name)
+    config = _as_before(copy.deepcopy(config))
+    try:
+        model_config = package.ModelConfig.from_dict(config)
+        for kind in _SUB_CONFIGS:
+            name = f"{kind}_config"
+            if hasattr(model_config, name) and config.get(name) is not None:
+                setattr(model_config, name, getattr(package, f"{kind.title()}Config").from_dict(config[name]))
+        return VlmModel(package, model_config, package.Model(model_config))
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        raise MetalModelsError(
+            f"[towers] expected a complete config for {config.get('model_type')!r}, got {type(error).__name__}: "
+            f"{error}. Check the model's config.json."
+        ) from error
+
+
+def _as_before(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` with all that mlx-vlm's config classes look for, in all places where they look."""
+    config = with_old_names(config)
+    text = config.pop("llm_config", None) or config.get("text_config") or {}
+    return {"vision_config": {}, "audio_config": {}, **text, **config, "text_config": text}
+
+
+def _import(name: str) -> Any:
+    """Import ``mlx_vlm.models.<name>``.
+
+    Its packages replace ``AutoProcessor.from_pretrained`` of transformers with one that returns their own processors;
+    whatever else runs in the process expects transformers', so that is undone.
+    """
+    if not installed():
+        raise MetalModelsError(
+            "[towers] expected mlx-vlm, which has the vision and audio encoders, got an environment without it. "
+            "Install metal-models[multimodal] (or vllm-metal[multimodal])."
+        )
+    from transformers import AutoProcessor
+
+    own = AutoProcessor.__dict__["from_pretrained"]
+    try:
+        return importlib.import_module(f"mlx_vlm.models.{name}")
+    finally:
+        AutoProcessor.from_pretrained = own

@@ -1,0 +1,96 @@
+"""What every family of towers has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Int32
+from mlx.utils import tree_flatten
+
+from metal_models.errors import MetalModelsError
+from metal_models.multimodal.item import MultimodalItem
+
+
+class Towers(ABC):
+    """The encoders of one model, with what maps their output into its embedding space.
+
+    Args:
+        parts: mlx-vlm's modules by the names that ``parts`` gives; weights are loaded.
+        config: As in the model's ``config.json``.
+
+    Attributes:
+        package: mlx-vlm's package of the family.
+        part_names: Attributes of mlx-vlm's model that are towers.
+        bidirectional: Whether embeddings of one item see each other, later ones too: a step then holds all rows of an
+            item or none, and names them to ``PagedModel.forward``.
+    """
+
+    package: ClassVar[str]
+    part_names: ClassVar[tuple[str, ...]]
+    bidirectional: bool = False
+
+    def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
+        self.parts: dict[str, Any] = dict(parts)
+        self.config = config
+        arrays: Any = tree_flatten([part.parameters() for part in self.parts.values()])
+        self.nbytes = sum(array.nbytes for _, array in arrays)
+        self.dtype: mx.Dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
+
+    @classmethod
+    def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the ``config.json`` to make mlx-vlm's model from."""
+        return config
+
+    @classmethod
+    @abstractmethod
+    def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
+        """Return what a model of this family takes: of ``image``, ``video`` and ``audio``."""
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """What the model takes."""
+        return self.modalities_of(self.config)
+
+    def encode(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
+        """Return what an item's placeholders take, lazily.
+
+        The width is the model's hidden size, times one more than the levels of a family with deepstack.
+
+        Raises:
+            MetalModelsError: The item is of another kind, lacks a part, or has more or fewer embeddings than
+                placeholders.
+        """
+        if item.modality not in self.modalities:
+            raise MetalModelsError(
+                f"[encode] expected one of {', '.join(sorted(self.modalities))}, got {item.modality}. "
+                "The model has no encoder for it."
+            )
+        rows = self.embeddings(item)
+        if rows.shape[0] != item.num_embeds:
+            raise MetalModelsError(
+                f"[encode] expected {item.num_embeds} embeddings for the placeholders of an item of kind "
+                f"{item.modality}, got {rows.shape[0]}. Use the processor of the same model."
+            )
+        return rows
+
+    @abstractmethod
+    def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
+        """Return the output of the family's encoder for one item."""
+
+    def rope_positions(
+        self, token_ids: Int32[np.ndarray, "tokens"], items: Sequence[MultimodalItem]
+    ) -> tuple[Int32[np.ndarray, "3 tokens"], int] | None:
+        """Return where the tokens of a prompt are in time, height and width; None where a position is one number.
+
+        Args:
+            token_ids: The whole prompt.
+            items: All of its items, in order.
+
+        Returns:
+            The coordinates, and what to add to the position of a token after the prompt, in all three.
+        """
+        del token_ids, items
+        return None
