@@ -55,8 +55,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 def tiny() -> Callable[..., PagedModel]:
     """Build the tiny fp32 model of ``configs/<name>.json``, quantised on request."""
 
-    def make(name: str, *, bits: int | None = None) -> PagedModel:
-        config = read_config(name)
+    def make(name: str, *, bits: int | None = None, **changes: Any) -> PagedModel:
+        config = read_config(name) | changes
         module = randomise(build(config))
         if bits is not None:
             nn.quantize(module, group_size=32, bits=bits, class_predicate=_quantisable)

@@ -1,5 +1,6 @@
 """Loads a model from a local directory."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlx_lm.utils import dequantize_model, load_model
+from mlx_lm.utils import load_model
 
 from metal_models import interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
 from metal_models.pooling_checkpoint import for_pooling
+from metal_models.residence import evaluate, expand, expanded_nbytes, nbytes
+from metal_models.weights import CheckpointFormat, Conversion, config_dtype, converting, format_of, quantization_of
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -40,22 +45,28 @@ def load(
         CheckpointError: A file is missing or damaged, or a tensor is missing, too many or misshapen.
     """
     path = Path(path)
-    module, config = _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype, pooling)
-    if _expanded_nbytes(module) <= expand_to_bytes:
-        mx.eval(dequantize_model(module).parameters())
+    module, config = _lazily(path, dtype, pooling)
+    evaluate(module)
+    if expanded_nbytes(module, dtype) <= expand_to_bytes:
+        expand(module, dtype)
     return PagedModel(module, config, mla_kernel=mla_kernel)
 
 
-def _expanded_nbytes(module: nn.Module) -> int:
-    """Return the bytes of all weights once the quantised ones are held in the dtype of their scales."""
-    nbytes = 0
-    for _, layer in module.named_modules():
-        own = {name: array for name, array in layer.items() if isinstance(array, mx.array)}
-        if "scales" in own:
-            values = own["weight"].size * 32 // layer.bits
-            nbytes += values * own["scales"].dtype.size
-        nbytes += sum(array.nbytes for name, array in own.items() if "scales" not in own or name == "bias")
-    return nbytes
+def weight_bytes(
+    path: str | Path, *, dtype: mx.Dtype | None = None, expand_to_bytes: int = 0, pooling: bool = False
+) -> int:
+    """Return what ``load`` with these arguments would take, from the headers of the files; weights are not read.
+
+    Raises:
+        MetalModelsError: As ``load``.
+    """
+    module, _ = _lazily(Path(path), dtype, pooling)
+    expanded = expanded_nbytes(module, dtype)
+    return expanded if expanded <= expand_to_bytes else nbytes(module)
+
+
+def _lazily(path: Path, dtype: mx.Dtype | None, pooling: bool) -> tuple[nn.Module, dict[str, Any]]:
+    return _load_gguf(path, dtype) if _is_gguf(path) else _load_safetensors(path, dtype, pooling)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -80,29 +91,82 @@ def _load_safetensors(path: Path, dtype: mx.Dtype | None, pooling: bool) -> tupl
             f"({config['model_file']}) in {path}, which is not run. Use a checkpoint without it."
         )
     registry.supported(config)
+    form = format_of(config, path)
     check_files(path)
+    if form is None:
+        module, config = _attempt(path, config, pooling, None)
+    else:
+        module, config = _convert(path, config, pooling, form, dtype or config_dtype(config))
+    if dtype is not None:
+        _cast(module, dtype)
+    return module, config
+
+
+def _convert(
+    path: Path, config: dict[str, Any], pooling: bool, form: CheckpointFormat, dtype: mx.Dtype
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load another library's quantised weights; as floats if the model's code does not take them packed."""
     try:
-        module, config = load_model(path, lazy=True, strict=True, get_model_classes=_classes(pooling))
+        return _attempt(path, config, pooling, Conversion(form, dtype, pack=True))
+    except CheckpointError as error:
+        loaded = _attempt(path, config, pooling, Conversion(form, dtype, pack=False))
+        logger.warning(
+            "%s: weights of format %s are held as floats, which mlx-lm's code for %s needs (%s)",
+            path.name, form.method, config["model_type"], error.__cause__ or error,
+        )  # fmt: skip
+        return loaded
+
+
+def _attempt(
+    path: Path, config: dict[str, Any], pooling: bool, conversion: Conversion | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    # mlx-lm makes a layer quantised when this is there and the layer has scales, and asks these for its format.
+    quantization = {"group_size": 64, "bits": 4, "mode": "affine"}
+    try:
+        module, loaded = load_model(
+            path,
+            lazy=True,
+            strict=True,
+            model_config=None if conversion is None else {"quantization": quantization},
+            get_model_classes=_classes(pooling, conversion),
+        )
+    except CheckpointError:
+        raise
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"[load] expected tensors that fit {config['model_type']!r} in {path}, got: {_summary(error)}. "
             "Check that the files belong together, or download them again."
         ) from error
-    if dtype is not None:
-        _cast(module, dtype)
-    mx.eval(module.parameters())
-    return module, config
+    _check_floating(module, path)
+    if conversion is not None:
+        del loaded["quantization"]
+        if (found := quantization_of(module)) is not None:
+            loaded["quantization"] = found
+    return module, loaded
 
 
-def _classes(pooling: bool) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type[Any]]]:
-    if not pooling:
-        return registry.model_classes
+def _check_floating(module: nn.Module, path: Path) -> None:
+    """Refuse codes where the model multiplies with numbers."""
+    for name, layer in module.named_modules():
+        if type(layer) in (nn.Linear, nn.Embedding) and not mx.issubdtype(layer.weight.dtype, mx.floating):
+            raise CheckpointError(
+                f"[load] expected floating-point numbers in {name}.weight of {path}, got {layer.weight.dtype}. "
+                "Its config.json must name the format of quantised weights."
+            )
 
-    def pooling_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
+
+def _classes(
+    pooling: bool, conversion: Conversion | None
+) -> Callable[[dict[str, Any]], tuple[type[nn.Module], type[Any]]]:
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
         model_class, args_class = registry.model_classes(config)
-        return for_pooling(model_class), args_class
+        if pooling:
+            model_class = for_pooling(model_class)
+        if conversion is not None:
+            model_class = converting(model_class, conversion)
+        return model_class, args_class
 
-    return pooling_classes
+    return classes
 
 
 def _cast(module: nn.Module, dtype: mx.Dtype) -> None:

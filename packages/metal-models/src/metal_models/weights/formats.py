@@ -1,0 +1,97 @@
+"""Which format a checkpoint's quantised weights are in, by its ``quantization_config``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from metal_models.errors import MetalModelsError
+from metal_models.weights.awq import AWQ
+from metal_models.weights.compressed_tensors import COMPRESSED_TENSORS
+from metal_models.weights.fp8 import FP8
+from metal_models.weights.gptq import GPTQ
+from metal_models.weights.modelopt import MODELOPT
+from metal_models.weights.parts import Format
+
+FORMATS: dict[str, Format] = {
+    "awq": AWQ,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "fbgemm_fp8": FP8,
+    "fp8": FP8,
+    "gptq": GPTQ,
+    "modelopt": MODELOPT,
+}
+"""``quant_method`` -> format."""
+
+NATIVE = ("bitnet", "mxfp4", "mxfp8")
+"""Values of ``quant_method`` that mlx-lm loads itself, as it does its own ``quantization``."""
+
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+# Architectures whose code in mlx-lm reads the tensors of these formats itself.
+_NATIVE_ARCHITECTURES = ("deepseek_v41", "deepseek_v41_text", "kimi_k3", "muse_spark")
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointFormat:
+    """A format, and the settings of one checkpoint."""
+
+    method: str
+    format: Format
+    settings: Mapping[str, Any]
+
+
+def format_of(config: Mapping[str, Any], directory: Path | None = None) -> CheckpointFormat | None:
+    """Return the format that a checkpoint's weights are converted from; None where mlx-lm loads them as they are.
+
+    Args:
+        config: As in ``config.json``.
+        directory: Of the checkpoint, where ModelOpt may keep its settings in a file of their own.
+
+    Raises:
+        MetalModelsError: A format, or a variant of one, that is not known.
+    """
+    settings = _settings(config, directory)
+    if settings is None or config.get("model_type") in _NATIVE_ARCHITECTURES:
+        return None
+    method = settings.get("quant_method") or ("modelopt" if "quantization" in settings else None)
+    if method in NATIVE or (method == "fp8" and _is_mxfp8(settings)):
+        return None
+    if method not in FORMATS:
+        known = ", ".join(sorted((*FORMATS, *NATIVE)))
+        raise MetalModelsError(
+            f"[load] expected MLX's quantization or a quant_method of {known}, got {method!r} in config.json. "
+            "Use another quantisation of the model, or the model without one."
+        )
+    form = FORMATS[method]
+    form.check(settings)
+    return CheckpointFormat(method, form, settings)
+
+
+def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
+    """Return what a model computes in, by its ``config.json``: bfloat16 where that does not say."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("torch_dtype", "dtype"):
+            if (named := str(place.get(key)).removeprefix("torch.")) in _DTYPES:
+                return _DTYPES[named]
+    return mx.bfloat16
+
+
+def _settings(config: Mapping[str, Any], directory: Path | None) -> Mapping[str, Any] | None:
+    text = config.get("text_config")
+    texts = text if isinstance(text, Mapping) else {}
+    if config.get("quantization") or texts.get("quantization"):
+        return None
+    found = config.get("quantization_config") or texts.get("quantization_config")
+    if not found and directory is not None and (directory / "hf_quant_config.json").is_file():
+        found = json.loads((directory / "hf_quant_config.json").read_text())
+    return found if isinstance(found, Mapping) and found else None
+
+
+def _is_mxfp8(settings: Mapping[str, Any]) -> bool:
+    """Whether blocks and scales are those of mxfp8, which mlx-lm keeps."""
+    return settings.get("scale_fmt") == "ue8m0" and list(settings.get("weight_block_size") or ()) == [32, 32]

@@ -1,0 +1,55 @@
+"""ModelOpt's checkpoints, packed here as NVIDIA describes them."""
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from metal_models import MetalModelsError, load
+
+VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def nvfp4(weight: np.ndarray, factor: float) -> Any:
+    groups = weight.reshape(weight.shape[0], -1, 16)
+    scales = mx.to_fp8(mx.array(np.abs(groups).max(-1) / 6 / factor))
+    wide = np.array(mx.from_fp8(scales, mx.float32)) * np.float32(factor)
+    ratios = groups / np.maximum(wide, 1e-9)[..., None]
+    codes = np.abs(np.abs(ratios)[..., None] - VALUES).argmin(-1)
+    values = VALUES[codes] * np.sign(ratios) * wide[..., None]
+    codes = (codes | (ratios < 0) << 3).reshape(weight.shape).astype(np.uint8)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    parts = {".weight": mx.array(packed), ".weight_scale": scales, ".weight_scale_2": mx.array(np.float32(factor))}
+    return parts | {".input_scale": mx.ones(())}, values.reshape(weight.shape)
+
+
+def test_nvfp4_with_a_factor(checkpoints: Any) -> None:
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+    checkpoints.same(*checkpoints.pair(settings, lambda _, weight: nvfp4(weight, 0.0123)))
+
+
+def test_settings_in_a_file_of_their_own(checkpoints: Any) -> None:
+    quantised, floats = checkpoints.pair({}, lambda _, weight: nvfp4(weight, 0.5))
+    settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (quantised / "hf_quant_config.json").write_text(json.dumps(settings))
+    checkpoints.same(quantised, floats)
+
+
+def test_fp8(checkpoints: Any) -> None:
+    def fp8(_: str, weight: np.ndarray) -> Any:
+        scale = np.abs(weight).max() / np.float32(448)
+        codes = mx.to_fp8(mx.array(weight / scale))
+        return {".weight": codes, ".weight_scale": mx.array(scale)}, np.array(mx.from_fp8(codes, mx.float32)) * scale
+
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    checkpoints.same(*checkpoints.pair(settings, fp8), tolerance=1e-6)
+
+
+def test_other_algorithms_are_refused(checkpoints: Any) -> None:
+    path, _ = checkpoints.pair(
+        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, lambda _, weight: nvfp4(weight, 0.5)
+    )
+    with pytest.raises(MetalModelsError, match="W4A8_AWQ"):
+        load(path)
