@@ -138,11 +138,11 @@ def memory_over(loop: Loop, steps: int) -> str:
     return f"MB in use after each quarter of {steps} more steps: {', '.join(f'{value:.1f}' for value in used)}"
 
 
-def mlx_lm_rate(module: nn.Module, reqs: int, context: int) -> float:
+def mlx_lm_rate(module: nn.Module, reqs: int, context: int, vocab_size: int) -> float:
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(module, max_tokens=200, completion_batch_size=reqs, prefill_batch_size=min(reqs, 32))
-    prompts = np.random.default_rng(0).integers(1, CONFIG["vocab_size"], (reqs, context)).tolist()
+    prompts = np.random.default_rng(0).integers(1, vocab_size, (reqs, context)).tolist()
     generator.insert(prompts)
     steps, start = 0, 0.0
     while steps < 60:
@@ -176,7 +176,7 @@ def run_case(reqs: int, context: int, bits: int | None, options: argparse.Namesp
                 print(f"{name}: {memory_over(loop, options.memory_steps)}", flush=True)
             del loop
     if options.mlx_lm:
-        print(f"{name}: mlx-lm {mlx_lm_rate(module, reqs, context):8.0f} tok/s", flush=True)
+        print(f"{name}: mlx-lm {mlx_lm_rate(module, reqs, context, CONFIG['vocab_size']):8.0f} tok/s", flush=True)
 
 
 def main() -> int:

@@ -286,6 +286,15 @@ class LayerCache:
         token = self._slab.rewrite(shape, dtype, lambda pages: write_states(pages, block_ids, spec, states))
         self._slab.keep_state_token(token)
 
+    @property
+    def order_token(self) -> mx.array | None:
+        """What the next read of states follows, where writes are in place; None if there was no write."""
+        return self._slab.state_token
+
+    def follow(self, order_token: mx.array) -> None:
+        """Let the next read of states follow ``order_token``: for steps that write states without this object."""
+        self._slab.keep_state_token(order_token)
+
     def update(self, write: Callable[[mx.array], mx.array]) -> None:
         """Replace the layer's pages by ``write(pages)``; what recurrent layers write with.
 

@@ -18,6 +18,8 @@ from metal_models.joined_linear import JoinedLinear
 # divide by the root mean square. A file's line says whether its queries and keys are normalised before the rotation.
 _FAMILIES = {"llama": False, "qwen2": False, "qwen3": True}
 
+_FEW_ROWS = 32  # of linear layers that are bound by memory and launches
+
 # Rotary modules -> the attribute that says how many elements of a head they rotate.
 _ROPES: dict[type[nn.Module], str] = {
     nn.RoPE: "dims",
@@ -82,15 +84,33 @@ class DecodeProgram:
         self._first_norm: Any = backbone.layers[0].input_layernorm
         self.layers = layers
 
-    def __call__(self, token_ids: mx.array, attend: Callable[[int, DecodeLayer, mx.array], mx.array]) -> mx.array:
+    @property
+    def few_rows(self) -> int:
+        """Up to how many rows kernels compute whole linear layers; 0 if not all of them."""
+        dtype = self._first_norm.weight.dtype
+        fits = all(
+            layer.qkv.fuses(dtype, _FEW_ROWS, normed=True)
+            and layer.output.fuses(dtype, _FEW_ROWS)
+            and layer.gate_up.fuses(dtype, _FEW_ROWS, normed=True, gated=True)
+            and layer.down.fuses(dtype, _FEW_ROWS)
+            for layer in self.layers
+        )
+        return _FEW_ROWS if fits else 0
+
+    def __call__(
+        self, token_ids: mx.array, attend: Callable[[int, DecodeLayer, mx.array], mx.array], few_rows: int
+    ) -> mx.array:
         """Return hidden rows ``[tokens, hidden]`` of ids ``[tokens]``.
 
         Args:
             token_ids: One id for each row.
             attend: Takes a layer's number, the layer, and the rows' queries, keys and values side by side; returns
                 ``[tokens, q_heads, head_size]``.
+            few_rows: Up to how many rows norms, activations and sums are part of the linear layers.
         """
         residual: mx.array = self._embed(token_ids)
+        if token_ids.shape[0] <= few_rows:
+            return self._fused(residual, attend)
         rows: mx.array = self._first_norm(residual)
         for index, layer in enumerate(self.layers):
             attended = attend(index, layer, layer.qkv(rows))
@@ -99,6 +119,17 @@ class DecodeProgram:
             rows = layer.down(silu_and_mul(layer.gate_up(rows)))
             rows, residual = _add_norm(rows, residual, layer.next_norm)
         return rows
+
+    def _fused(self, residual: mx.array, attend: Callable[[int, DecodeLayer, mx.array], mx.array]) -> mx.array:
+        """Return hidden rows, from embeddings, in as few operations as there are."""
+        norm = self._first_norm
+        for index, layer in enumerate(self.layers):
+            attended = attend(index, layer, layer.qkv.fused(residual, norm=norm))
+            residual = layer.output.fused(attended.reshape(attended.shape[0], -1), residual=residual)
+            rows = layer.gate_up.fused(residual, norm=layer.post_norm, gated=True)
+            residual, norm = layer.down.fused(rows, residual=residual), layer.next_norm
+        hidden: mx.array = norm(residual)
+        return hidden
 
 
 def decode_program(model: nn.Module) -> DecodeProgram | None:
@@ -113,7 +144,7 @@ def decode_program(model: nn.Module) -> DecodeProgram | None:
     if not type(model).__module__.startswith("mlx_lm.models.") or file not in _FAMILIES or not backbone.layers:
         return None
     blocks, normed = backbone.layers, _FAMILIES[file]
-    rotations = _rotations([block.self_attn.rope for block in blocks])
+    rotations = find_rotations([block.self_attn.rope for block in blocks])
     if rotations is None or not all(_as_expected(block) for block in blocks):
         return None
     norms = [block.input_layernorm for block in blocks[1:]] + [backbone.norm]
@@ -154,7 +185,7 @@ def _layer(block: Any, rotation: Rotation, next_norm: nn.RMSNorm, normed: bool) 
     )
 
 
-def _rotations(ropes: list[Any]) -> list[Rotation] | None:
+def find_rotations(ropes: list[Any]) -> list[Rotation] | None:
     """Return one rotation for each layer, the same object where layers rotate alike; None for an unknown kind."""
     distinct: list[Rotation] = []
     rotations = []

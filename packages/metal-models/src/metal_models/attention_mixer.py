@@ -1,0 +1,120 @@
+"""Attention over keys and values, for steps of one row per request."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Int32
+
+from metal_kernels import DecodeSizes, decode_attention, kernels, pack_decode, rope_and_cache, target
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.pool import LayerCache
+from metal_kv.spec import AttentionSpec
+from metal_models.decode_program import Rotation
+from metal_models.joined_linear import JoinedLinear
+from metal_models.step_memory import MIN_ELEMENTS
+from metal_models.token_mixer import BoundMixer, Pages, StepRows, TokenMixer
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMixer(TokenMixer):
+    """Attention over rotated heads.
+
+    Attributes:
+        rotation: Of queries and keys.
+        scale: Factor of the scores.
+        q_heads: Heads of queries.
+        qkv: All projections: queries, keys, values; with ``gated`` a gate after each query.
+        output: Projection of the result.
+        norms: Of query heads and key heads, or None.
+        gated: Whether the result is gated by the sigmoid of a projection.
+    """
+
+    rotation: Rotation
+    scale: float
+    q_heads: int
+    qkv: JoinedLinear
+    output: JoinedLinear
+    norms: tuple[nn.RMSNorm, nn.RMSNorm] | None
+    gated: bool = False
+    keeps = "attn"
+
+    def served(self, cache: LayerCache) -> bool:
+        """Whether kernels write the layer's pages in place and attend over them."""
+        pages = cache.kv_cache
+        if not isinstance(cache.spec, AttentionSpec) or pages.ndim != 5:
+            return False
+        return kernels.move_pages(pages) and isinstance(_variant(pages, self.q_heads), kernels.Accepted)
+
+    def bind(self, cache: LayerCache, *, in_place: bool) -> "BoundAttention":
+        """Return the mixer over ``cache``."""
+        return BoundAttention(self, cache, Pages(cache, in_place=in_place))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What layers that share a plan have in common."""
+
+    group: int
+    window: int | None
+    simdgroups_per_range: int
+    block_size: int
+
+
+class BoundAttention(BoundMixer):
+    """Attention over one layer's pages."""
+
+    def __init__(self, mixer: AttentionMixer, cache: LayerCache, pages: Pages) -> None:
+        self._mixer = mixer
+        self._pages = pages
+        shape = pages.array.shape
+        window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
+        decode = _variant(pages.array, mixer.q_heads)
+        per_head = decode.variant.parts * decode.variant.simdgroups if isinstance(decode, kernels.Accepted) else 1
+        self._group_key = _Key(cache.group, window, shape[3] * per_head, shape[2])
+        self.key = self._group_key
+
+    def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
+        """Return the plan's sizes; slots, then the plan."""
+        key = self._group_key
+        group = metadata[key.group]
+        slots = np.full(max(MIN_ELEMENTS, reqs), -1, np.int32)
+        slots[: group.batch.num_reqs] = np.asarray(group.slot_mapping)
+        sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
+        return sizes, np.concatenate([slots, plan])
+
+    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
+        """Rotate and write keys and values, attend, project."""
+        mixer, tokens = self._mixer, rows.shape[0]
+        sizes, packed = step.parts[self.key]
+        slots = max(MIN_ELEMENTS, tokens)
+        plan = step.once(self.key, lambda: _unpacked(sizes, packed, slots))
+        cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
+        qkv = mixer.qkv(rows)
+        norms: dict[str, Any] = {}
+        if mixer.norms is not None:
+            q_norm, k_norm = mixer.norms
+            norms = {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        traditional = mixer.rotation.traditional
+        query = self._pages.rewrite(
+            lambda pages: rope_and_cache(
+                qkv, cos_sin, pages, packed[:slots], traditional=traditional, gated=mixer.gated, **norms
+            )
+        )
+        attended = decode_attention(query, self._pages.array, plan, scale=mixer.scale)
+        if mixer.gated:
+            gated = qkv[:, : 2 * attended.size // tokens].reshape(tokens, mixer.q_heads, 2, -1)
+            attended = attended * mx.sigmoid(gated[:, :, 1])
+        return mixer.output(attended.reshape(tokens, -1))
+
+
+def _unpacked(sizes: DecodeSizes, packed: mx.array, slots: int) -> Any:
+    return sizes.unpack(packed[slots : slots + sum(sizes.elements)])
+
+
+def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:
+    _, _, block_size, kv_heads, head_size = pages.shape
+    return kernels.decode_kernel(target(), pages.dtype, pages.dtype, head_size, block_size, q_heads // kv_heads)

@@ -1,0 +1,41 @@
+"""Families of models that have a decode step of mixed layers: a file each, and a line in the table."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+
+from metal_models.decode_families import lfm2, qwen3_next
+from metal_models.head_split import backbone_path
+from metal_models.mixed_program import MixedProgram
+
+# Model file of mlx-lm that the backbone is of -> what makes its layers, or says by None that a module is not as usual.
+_FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
+    "lfm2": lfm2.program,
+    "lfm2_moe": lfm2.program,
+    "qwen3_5": qwen3_next.program,
+    "qwen3_next": qwen3_next.program,
+}
+
+# Families whose program needs a kernel that users can switch off.
+_GATED_DELTA = {"qwen3_5", "qwen3_next"}
+
+
+def mixed_program(model: nn.Module, *, gdn_kernel: bool = True) -> MixedProgram | None:
+    """Return the decode program of ``model``; None if its family has none or a module is not as its family's are.
+
+    Joins linear layers in place; the model computes as before.
+
+    Args:
+        model: The model.
+        gdn_kernel: Whether gated delta nets may use their kernel.
+    """
+    backbone: Any = model
+    for name in backbone_path(model):
+        backbone = getattr(backbone, name)
+    package, _, file = type(backbone).__module__.rpartition(".")
+    if package != "mlx_lm.models" or file not in _FAMILIES or not backbone.layers:
+        return None
+    if file in _GATED_DELTA and not gdn_kernel:
+        return None
+    return _FAMILIES[file](backbone)

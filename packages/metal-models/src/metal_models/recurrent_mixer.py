@@ -1,0 +1,156 @@
+"""Gated delta nets and short convolutions, for steps of one row per request."""
+
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Int32
+
+from metal_kernels import GatedDeltaRows, gated_delta_decode, kernels, short_conv_decode, target
+from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.pool import LayerCache
+from metal_kv.recurrent_state import state_blocks
+from metal_kv.spec import RecurrentStateSpec
+from metal_models.joined_linear import JoinedLinear
+from metal_models.joined_rows import JoinedRows
+from metal_models.token_mixer import BoundMixer, Pages, StepRows, TokenMixer
+
+_MIN_SLOTS = 4  # two blocks each: MLX passes fewer than 8 numbers as constant memory
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What layers whose states lie in the same blocks have in common."""
+
+    group: int
+    block_size: int
+
+
+class RecurrentMixer(TokenMixer):
+    """A layer that carries a state from token to token."""
+
+    keeps = "state"
+
+    @abstractmethod
+    def advance(
+        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
+        """Return the rows of the layer's inner width, and the pages with the states after them."""
+
+    @property
+    @abstractmethod
+    def output(self) -> JoinedLinear:
+        """From inner width to hidden rows."""
+
+    def bind(self, cache: LayerCache, *, in_place: bool) -> "BoundRecurrence":
+        """Return the mixer over ``cache``."""
+        return BoundRecurrence(self, cache, Pages(cache, in_place=in_place))
+
+
+class BoundRecurrence(BoundMixer):
+    """A recurrence over one layer's states."""
+
+    def __init__(self, mixer: RecurrentMixer, cache: LayerCache, pages: Pages) -> None:
+        self._mixer = mixer
+        self._pages = pages
+        self._group_key = _Key(cache.group, cache.spec.block_size)
+        self.key = self._group_key
+
+    def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
+        """Return no sizes; the blocks that states are read from, then those that they go to."""
+        batch = metadata[self._group_key.group].batch
+        blocks = state_blocks(batch, self._group_key.block_size)
+        packed = np.zeros((2, max(_MIN_SLOTS, reqs)), np.int32)
+        packed[0, : batch.num_reqs], packed[1, : batch.num_reqs] = blocks.before, blocks.after
+        return None, packed.reshape(-1)
+
+    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
+        """Advance every request's state by a token; project."""
+        _, blocks = step.parts[self.key]
+        inner = self._pages.rewrite(lambda pages: self._mixer.advance(rows, pages, blocks))
+        return self._mixer.output(inner)
+
+
+@dataclass(frozen=True, eq=False)
+class GatedDeltaMixer(RecurrentMixer):
+    """A gated delta net.
+
+    Attributes:
+        layout: What the projections hold.
+        projections: Of queries, keys, values, gates and numbers.
+        conv: Weights of the convolution, ``[channels, taps]``.
+        gates: See ``metal_kernels.gated_delta_decode``.
+        norm: Weights of the norm.
+        eps: Of the norm.
+        out: Projection of the result.
+    """
+
+    layout: GatedDeltaRows
+    projections: JoinedRows
+    conv: mx.array
+    gates: mx.array
+    norm: mx.array
+    eps: float
+    out: JoinedLinear
+
+    @property
+    def output(self) -> JoinedLinear:
+        """From values to hidden rows."""
+        return self.out
+
+    def served(self, cache: LayerCache) -> bool:
+        """Whether a kernel advances the states in place."""
+        spec = cache.spec
+        if not isinstance(spec, RecurrentStateSpec) or spec.page_dtype != mx.uint32:
+            return False
+        if spec.shapes != self.layout.state_shapes or spec.dtypes != (self.conv.dtype, mx.float32):
+            return False
+        words = spec.page_shape[0]
+        decode = kernels.gated_delta_kernel(target(), self.conv.dtype, words, self.layout)
+        return isinstance(decode, kernels.Accepted) and kernels.writes_in_place()
+
+    def advance(
+        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
+        """Return the gated and normed values, and the pages."""
+        weights = {"conv": self.conv, "gates": self.gates, "norm": self.norm}
+        return gated_delta_decode(self.projections(rows), pages, blocks, self.layout, eps=self.eps, **weights)
+
+
+@dataclass(frozen=True, eq=False)
+class ShortConvMixer(RecurrentMixer):
+    """A gated short convolution.
+
+    Attributes:
+        projections: What gates the input, what gates the output, and the input.
+        conv: The convolution.
+        out: Projection of the result.
+    """
+
+    projections: JoinedLinear
+    conv: nn.Conv1d
+    out: JoinedLinear
+
+    @property
+    def output(self) -> JoinedLinear:
+        """From channels to hidden rows."""
+        return self.out
+
+    def served(self, cache: LayerCache) -> bool:
+        """Whether a kernel advances the states in place."""
+        spec, weight = cache.spec, self.conv.weight
+        if not isinstance(spec, RecurrentStateSpec) or spec.page_dtype != mx.uint32 or spec.dtypes != (weight.dtype,):
+            return False
+        decode = kernels.short_conv_kernel(target(), weight.dtype, weight.shape[0], weight.shape[1])
+        return isinstance(decode, kernels.Accepted) and kernels.writes_in_place()
+
+    def advance(
+        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
+        """Return the gated convolution, and the pages."""
+        weight = self.conv.weight.squeeze(-1)
+        bias = self.conv.bias if "bias" in self.conv else None
+        return short_conv_decode(self.projections(rows), pages, blocks, conv=weight, bias=bias)
