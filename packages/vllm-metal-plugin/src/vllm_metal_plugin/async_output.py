@@ -24,12 +24,14 @@ class AsyncStepOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         emits: Which of them sampled; the others get an empty list.
         sampled: The sampler's output for the emitting requests, None when there are none.
         prompts: Prompt logprobs of requests whose prompt this step completed.
+        failed: Requests that end with an error instead.
     """
 
     req_ids: list[str]
     emits: Bool[np.ndarray, "reqs"]
     sampled: SamplerOutput | None
     prompts: Mapping[str, PromptLogprobs] = field(default_factory=dict)
+    failed: frozenset[str] = frozenset()
 
     def arrays(self) -> list[mx.array]:
         """What has to be evaluated before ``get_output`` can answer without waiting."""
@@ -63,10 +65,11 @@ class AsyncStepOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         prompts: dict[str, LogprobsTensors | None] = {
             req_id: prompt.to_tensors() for req_id, prompt in self.prompts.items()
         }
-        return ModelRunnerOutput(
+        output = ModelRunnerOutput(
             req_ids=self.req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
             sampled_token_ids=token_ids,
             logprobs=logprobs,
             prompt_logprobs_dict=prompts,
         )
+        return FailedStepOutput.of_some(output, self.failed) if self.failed else output

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from metal_kv import KVCachePool
 from metal_models import PagedModel
 from metal_models.contiguous import ContiguousModel, RequestRows
+from vllm_metal_plugin.errors import UnsupportedConfigError
 from vllm_metal_plugin.input_batch import InputBatch, RequestState
 from vllm_metal_plugin.request_checks import SALT
 from vllm_metal_plugin.step_inputs import StepInputs
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ForwardPass(ABC):
-    """A model and its cache memory, as the runner sees them."""
+    """A model and its cache memory, if it has any, as a runner sees them."""
 
     @abstractmethod
     def begin(self, scheduler_output: "SchedulerOutput") -> None:
@@ -29,12 +30,20 @@ class ForwardPass(ABC):
         """Return the hidden rows of a step, lazily."""
 
     @abstractmethod
-    def compute_logits(self, hidden: Float[mx.array, "rows hidden"]) -> Float[mx.array, "rows vocab"]:
-        """Apply the model's head to some hidden rows."""
-
-    @abstractmethod
     def arrays(self) -> list[mx.array]:
         """Return what to evaluate with the step so that its cache writes are done."""
+
+    def failed_requests(self) -> frozenset[str]:
+        """Return requests whose rows are worth nothing: they have to end with an error."""
+        return frozenset()
+
+    def compute_logits(self, hidden: Float[mx.array, "rows hidden"]) -> Float[mx.array, "rows vocab"]:
+        """Apply the model's head to some hidden rows.
+
+        Raises:
+            UnsupportedConfigError: It has none: it is a model for pooling alone.
+        """
+        raise UnsupportedConfigError("[forward] expected a model with a vocabulary head, got one for pooling alone.")
 
 
 class PagedForward(ForwardPass):
@@ -54,7 +63,13 @@ class PagedForward(ForwardPass):
     def forward(self, inputs: StepInputs, batch: InputBatch) -> Float[mx.array, "tokens hidden"]:
         """Write the step's rows to the pool and attend over the block tables."""
         del batch
-        return self._model.forward(inputs.token_ids, inputs.metadata, self._pool)
+        return self._model.forward(
+            inputs.token_ids,
+            inputs.metadata,
+            self._pool,
+            embeddings=inputs.embeddings,
+            rope_positions=inputs.rope_positions,
+        )
 
     def compute_logits(self, hidden: Float[mx.array, "rows hidden"]) -> Float[mx.array, "rows vocab"]:
         """Apply the model's head."""

@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from vllm_metal_plugin import upstream_fixes
 from vllm_metal_plugin.errors import VllmMetalPluginError
 
 _installed = False
@@ -22,6 +23,7 @@ def install() -> None:
     get_batch_defaults = EngineArgs.get_batch_defaults.__func__
 
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        upstream_fixes.install_for_configuration()
         prepare(self)
         return create_engine_config(self, *args, **kwargs)
 
@@ -52,6 +54,28 @@ def prepare(engine_args: Any) -> None:
             path if tokenizer == typed else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
         )
     check_model_files(path)
+    choose_modalities(engine_args, path)
+
+
+def choose_modalities(engine_args: Any, directory: str) -> None:
+    """Tell vLLM what prompts may hold beside text: the rest it refuses with HTTP 400 and plans no memory for.
+
+    Raises:
+        UnsupportedConfigError: The model has a vision or audio part that cannot be served.
+    """
+    from vllm_metal_plugin.envs import read_envs
+    from vllm_metal_plugin.log import metal_logger
+    from vllm_metal_plugin.multimodal.mode import limits, serving
+
+    if engine_args.language_model_only:
+        return
+    asked = limits(engine_args.limit_mm_per_prompt or {})
+    served = serving(directory, read_envs(), asked)
+    if served.reason is not None:
+        metal_logger(__name__).info("Serving the language model alone: %s", served.reason)
+        engine_args.language_model_only = True
+    elif served.modalities:
+        engine_args.limit_mm_per_prompt = limits(asked, served.modalities)
 
 
 def smaller_batch_defaults(tokens: dict[Any, int], seqs: dict[Any, int]) -> tuple[dict[Any, int], dict[Any, int]]:

@@ -140,3 +140,7 @@ class LoraForward(ForwardPass):
     def arrays(self) -> list[mx.array]:
         """Return what to evaluate with the step."""
         return self._forward_pass.arrays()
+
+    def failed_requests(self) -> frozenset[str]:
+        """Return requests that have to end with an error."""
+        return self._forward_pass.failed_requests()

@@ -31,6 +31,7 @@ class PendingStep:
     inputs: StepInputs
     logits: mx.array | None
     prompts: PromptScores
+    failed: frozenset[str]
 
 
 class ModelRunner:
@@ -120,7 +121,7 @@ class ModelRunner:
                 inputs.seq_lens.max(),
                 1e3 * (time.perf_counter() - start),
             )
-        return PendingStep(inputs, logits, prompts)
+        return PendingStep(inputs, logits, prompts, self._forward_pass.failed_requests())
 
     def _dispatch(self, results: list[mx.array], cache: list[mx.array]) -> None:
         """Start computing; the graph is complete, so the wait on a CPU overlaps all the host's work."""
@@ -140,7 +141,7 @@ class ModelRunner:
                 grammar = GrammarRows.from_vllm(grammar_output, {req_id: row for row, req_id in enumerate(emitting)})
             sampled = self._sampler(step.logits, rows.tolist(), self._batch.sampling, grammar)
             self._batch.record_sampled(rows, sampled.token_ids)
-        output = AsyncStepOutput(inputs.req_ids, inputs.emits, sampled, step.prompts.completed)
+        output = AsyncStepOutput(inputs.req_ids, inputs.emits, sampled, step.prompts.completed, step.failed)
         state = [*self._batch.sampling.arrays(), self._batch.last_token_ids]
         mx.async_eval(output.arrays(), state)  # type: ignore[no-untyped-call]
         return output

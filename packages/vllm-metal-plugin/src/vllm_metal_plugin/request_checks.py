@@ -35,8 +35,8 @@ def check_request(processed_inputs: Any, params: Any, vocab_size: int | None = N
     from vllm.sampling_params import SamplingParams
 
     kind = processed_inputs.get("type", "enc_dec") if isinstance(processed_inputs, dict) else "unknown"
-    if kind != "token":
-        _refuse("a text or token prompt", f"a prompt of type {kind!r}", "Send text or token ids.")
+    if kind not in ("token", "multimodal"):
+        _refuse("a text, token or multimodal prompt", f"a prompt of type {kind!r}", "Send text or token ids.")
     if isinstance(params, SamplingParams):
         _check_sampling(params)
         _pass_salt_on(params, processed_inputs.get("cache_salt"))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from metal_kv import AttentionMetadata
+from metal_models.multimodal import RowEmbeddings
 from vllm_metal_plugin.input_batch import InputBatch
 
 
@@ -20,6 +21,8 @@ class StepInputs:
         emits: Which requests sample a token: those whose known tokens are all computed after this step.
         token_ids: Inputs on the device; those sampled by the previous step may not be computed yet.
         metadata: One for each cache group.
+        embeddings: Rows that take an encoder's output in place of their token's embedding.
+        rope_positions: Where every row is in time, height and width, in a step in which these differ.
     """
 
     req_ids: list[str]
@@ -29,6 +32,8 @@ class StepInputs:
     emits: Bool[np.ndarray, "reqs"]
     token_ids: Int32[mx.array, "tokens"]
     metadata: Sequence[AttentionMetadata]
+    embeddings: RowEmbeddings | None = None
+    rope_positions: Int32[mx.array, "3 tokens"] | None = None
 
     @property
     def logits_indices(self) -> Int32[np.ndarray, "emitting"]:

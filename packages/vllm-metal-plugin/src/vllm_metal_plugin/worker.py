@@ -25,6 +25,7 @@ from metal_kv import (
     quantize_specs,
 )
 from metal_models.contiguous import ContiguousModel, needs_state
+from metal_models.multimodal import Towers, load_towers
 from vllm_metal_plugin import kv_cache, memory
 from vllm_metal_plugin.cache_formats import VLLM_NAMES, CacheFormats
 from vllm_metal_plugin.config import MetalConfig
@@ -34,6 +35,8 @@ from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.lora import LoraAdapters, LoraForward
 from vllm_metal_plugin.model_runner import ModelRunner
+from vllm_metal_plugin.multimodal.encoder_memory import measure_encoder
+from vllm_metal_plugin.multimodal_forward import MultimodalForward
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 
 if TYPE_CHECKING:
@@ -71,13 +74,20 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             pooling=self.pools,
             mla_kernel=self.config.envs.mla_kernel is not False,
         )
+        self.towers: Towers | None = None
+        if self.model_config.supports_multimodal_inputs:
+            self.towers = load_towers(self.model_config.model, self.model.config, dtype=dtype)
         logger.info(
             "Loaded %s: %.2f GB in %.1f s",
             self.model_config.model,
-            self.model.nbytes / 1e9,
+            self._weights_bytes / 1e9,
             time.perf_counter() - start,
         )
         self.adapters = LoraAdapters.from_vllm(self.model.lora, self.lora_config)
+
+    @property
+    def _weights_bytes(self) -> int:
+        return self.model.nbytes + (self.towers.nbytes if self.towers is not None else 0)
 
     def get_kv_cache_spec(self) -> dict[str, "KVCacheSpec"]:
         """What the scheduler must know of each layer's cache."""
@@ -101,7 +111,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         Raises:
             NotEnoughMemoryError: It does not hold one request; the text says what would help.
         """
-        limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self.model.nbytes)
+        limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self._weights_bytes)
         self.prefix_bytes = int(limit.total_bytes * self._prefix_fraction())
         if self.cache_config.kv_cache_memory_bytes:
             return int(self.cache_config.kv_cache_memory_bytes)
@@ -112,13 +122,15 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             num_reqs=self.config.max_num_reqs,
             target=self.target,
         )
+        if self.towers is not None:
+            overhead += measure_encoder(self.towers, self.vllm_config, on_cpu=self.target == "cpu").total_bytes
         # Buffers that a step frees are the next one's: MLX need not keep more of them than one step has.
         mx.set_cache_limit(max(memory.LEAST_BUFFER_CACHE_BYTES, overhead))
         groups = kv_cache.planned_groups(self.vllm_config, self.specs)
         budget = MemoryBudget.plan(
             limit.total_bytes,
             limit.fraction,
-            model_memory=self.model.nbytes,
+            model_memory=self._weights_bytes,
             overhead=overhead + self.adapters.reserved_bytes,
             per_block_bytes=bytes_per_block(groups),
             block_size=self.cache_config.block_size,
@@ -172,7 +184,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         """Allocate the cache that vLLM planned and put the runner together."""
         if self.config.envs.wired_memory:
             cache_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors)
-            logger.warning("%s", wire_memory(self.target, self.model.nbytes + cache_bytes))
+            logger.warning("%s", wire_memory(self.target, self._weights_bytes + cache_bytes))
         groups = kv_cache.to_groups(kv_cache_config, self.specs)
         kv_cache.log_block_translation(groups)
         vocab_size = self.model.vocab_size
@@ -188,6 +200,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
         ]
         forward_pass = self._forward_pass(kv_cache_config)
+        self.multimodal: MultimodalForward | None = None
+        if self.towers is not None:
+            forward_pass = self.multimodal = MultimodalForward(forward_pass, self.towers)
         if self.lora_config is not None:
             forward_pass = LoraForward(forward_pass, self.model.lora, self.adapters)
         if self.pools:
@@ -269,7 +284,9 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         self.runner.synchronize()
 
     def reset_mm_cache(self) -> None:
-        """Prompts are text: there is no such cache."""
+        """Processed inputs are kept in vLLM's own processes, not here."""
 
     def reset_encoder_cache(self) -> None:
-        """Prompts are text: there is no such cache."""
+        """Forget what encoders have made of inputs."""
+        if self.multimodal is not None:
+            self.multimodal.encoder_cache.reset()

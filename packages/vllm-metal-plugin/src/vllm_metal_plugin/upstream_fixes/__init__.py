@@ -9,8 +9,16 @@ def install() -> None:
     open_connections_at_shutdown.install()
 
 
+def install_for_configuration() -> None:
+    """Install the workarounds that only the process that builds the configuration needs; safe to repeat."""
+    from vllm_metal_plugin.upstream_fixes import roberta_position_kind
+
+    roberta_position_kind.install()
+
+
 def install_in_engine_core() -> None:
     """Install the workarounds that only the process with the scheduler needs; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import failed_steps
+    from vllm_metal_plugin.upstream_fixes import covered_items, failed_steps
 
+    covered_items.install()
     failed_steps.install()

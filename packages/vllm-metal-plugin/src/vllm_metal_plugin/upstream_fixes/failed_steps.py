@@ -7,7 +7,7 @@ that should have filled them did not run. It can go when ``ModelRunnerOutput`` c
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vllm.v1.outputs import ModelRunnerOutput
@@ -31,6 +31,12 @@ class FailedStepOutput(ModelRunnerOutput):  # type: ignore[misc]
             sampled_token_ids=[[] for _ in ids],
             failed_req_ids=set(ids),
         )
+
+    @classmethod
+    def of_some(cls, output: ModelRunnerOutput, req_ids: Iterable[str]) -> "FailedStepOutput":
+        """Return ``output`` as one that fails ``req_ids`` and is good for the other requests."""
+        values = {part.name: getattr(output, part.name) for part in fields(ModelRunnerOutput)}
+        return cls(**values, failed_req_ids=set(req_ids))
 
 
 def install() -> None:

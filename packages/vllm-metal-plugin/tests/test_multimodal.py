@@ -1,0 +1,282 @@
+"""Images and text through vLLM's engine, in process, over a tiny random Qwen2.5-VL: tokens must be transformers'."""
+
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+pytest.importorskip("mlx_vlm")
+pytest.importorskip("torchvision")
+transformers = pytest.importorskip("transformers")
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+START, END, IMAGE, VIDEO = 5, 6, 8, 9
+VOCAB = 160
+CONFIG = {
+    "model_type": "qwen2_5_vl",
+    "text_config": {
+        "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56,
+        "fullatt_block_indexes": [1],
+    },
+    "tie_word_embeddings": False,
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+}  # fmt: skip
+PIXELS = {
+    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "patch_size": 14,
+    "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 784, "max_pixels": 28224,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25],
+}  # fmt: skip
+# Placeholders among sampled tokens would stand for images that transformers misses.
+GREEDY = SamplingParams(
+    temperature=0.0, max_tokens=8, ignore_eos=True, logit_bias=dict.fromkeys(range(len(SPECIAL)), -100.0)
+)
+
+
+def image(seed: int, width: int = 84, height: int = 56) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+Prompt = tuple[list[int], list[Image.Image]]
+ONE = [START, IMAGE, END]
+PROMPTS: list[Prompt] = [
+    ([1, 20, 30, *ONE, 40, 50], [image(0)]),
+    ([1, *range(20, 60)], []),
+    ([*ONE, 33, *ONE, 34, 35], [image(1, 112, 56), image(2, 56, 140)]),
+    ([1, *range(60, 75), *ONE], [image(3, 112, 112)]),
+]
+
+
+@pytest.fixture(scope="module")
+def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as transformers writes it, with a tokenizer and a processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    directory = tmp_path_factory.mktemp("tiny-qwen2_5_vl")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CONFIG)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * (1.5 / parameter[0].numel() ** 0.5))
+    model.save_pretrained(directory)
+    words = {word: i for i, word in enumerate(SPECIAL)} | {f"w{i}": i for i in range(len(SPECIAL), VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(vision_dir: Path) -> Callable[[Prompt], list[int]]:
+    """Greedy tokens as transformers generates them, with a forward pass over everything for each token."""
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vision_dir, attn_implementation="eager")
+    processor = transformers.AutoImageProcessor.from_pretrained(vision_dir)
+    known: dict[str, list[int]] = {}
+
+    def generate(prompt: Prompt) -> list[int]:
+        tokens, images = prompt
+        vision: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
+        grids = iter(vision.get("image_grid_thw", torch.zeros(0, 3)).prod(-1).tolist())
+        full = [token for t in tokens for token in ([t] * (int(next(grids)) // 4) if t == IMAGE else [t])]
+        start = len(full)
+        for _ in range(GREEDY.max_tokens):
+            ids = torch.tensor([full])
+            with torch.no_grad():
+                types = (ids == IMAGE).int()
+                logits = model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, -1]
+            full.append(len(SPECIAL) + int(logits[len(SPECIAL) :].argmax()))
+        return full[start:]
+
+    def cached(prompt: Prompt) -> list[int]:
+        key = str(prompt[0]) + str([each.tobytes()[:64] for each in prompt[1]])
+        if key not in known:
+            known[key] = generate(prompt)
+        return known[key]
+
+    return cached
+
+
+@pytest.fixture
+def engine(vision_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
+    """Make engines that live in this process."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    engines = []
+
+    def make(**options: Any) -> LLM:
+        defaults = {
+            "max_model_len": 128,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 16,
+            "block_size": 8,
+            "kv_cache_memory_bytes": 4 << 20,
+            "limit_mm_per_prompt": {"image": 3, "video": 0},
+        }
+        engines.append(LLM(model=str(vision_dir), **(defaults | options)))
+        return engines[-1]
+
+    yield make
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+    engines.clear()
+    gc.collect()
+
+
+def ask(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams = GREEDY) -> list[Any]:
+    inputs = [
+        {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": images}} if images else {})
+        for tokens, images in prompts
+    ]
+    return list(llm.generate(inputs, params, use_tqdm=False))
+
+
+def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def worker_of(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_mixed_batches_in_small_pieces(
+    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]], async_scheduling: bool
+) -> None:
+    llm = engine(async_scheduling=async_scheduling)
+    assert tokens_of(ask(llm, PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
+
+
+def test_prefixes_are_shared_by_image(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+    llm = engine(max_num_batched_tokens=64)
+    tokens = [1, *range(20, 35), *ONE, *range(40, 50)]
+    first, other = (tokens, [image(4, 112, 112)]), (tokens, [image(5, 112, 112)])
+    [cold] = ask(llm, [first])
+    [hit] = ask(llm, [first])
+    [miss] = ask(llm, [other])
+    assert (cold.num_cached_tokens, hit.num_cached_tokens, miss.num_cached_tokens) == (0, 40, 16)
+    assert tokens_of([cold, hit, miss]) == [expected(first), expected(first), expected(other)]
+    assert expected(first) != expected(other)
+
+
+def test_an_image_is_encoded_once(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+    llm = engine(enable_prefix_caching=False)
+    counted = count_encodes(llm)
+    prompts: list[Prompt] = [([1, 20, *ONE, 30 + i], [image(6)]) for i in range(3)]
+    assert tokens_of(ask(llm, prompts)) == [expected(prompt) for prompt in prompts]
+    assert tokens_of(ask(llm, prompts[:1])) == [expected(prompts[0])]
+    assert len(counted) == 1
+    llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
+    assert tokens_of(ask(llm, prompts[:1])) == [expected(prompts[0])]
+    assert len(counted) == 2
+
+
+def count_encodes(llm: LLM, fail: Callable[[int], bool] = lambda number: False) -> list[Any]:
+    """Note what is encoded from now on; the runs that ``fail`` picks raise."""
+    cache = worker_of(llm).multimodal.encoder_cache
+    encode, seen = cache.encode, []
+
+    def counting(item: Any) -> Any:
+        seen.append(item)
+        if fail(len(seen)):
+            raise RuntimeError("[metal::malloc] Attempting to allocate too much")
+        return encode(item)
+
+    cache.encode = counting
+    return seen
+
+
+def test_more_images_than_the_encoder_cache_holds(
+    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
+) -> None:
+    llm = engine(enable_prefix_caching=False)
+    prompts: list[Prompt] = [([1, *ONE, 30 + i], [image(10 + i, 112, 112)]) for i in range(6)]
+    assert tokens_of(ask(llm, prompts)) == [expected(prompt) for prompt in prompts]
+    # The scheduler's plan: no more outputs than it counts.
+    cache = worker_of(llm).multimodal.encoder_cache
+    assert cache.nbytes <= 48 * 64 * 4
+
+
+def test_preempted_requests_see_their_images_again(
+    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
+) -> None:
+    """Also those whose images were covered by a prefix when they started, and are not when they resume."""
+    llm = engine(num_gpu_blocks_override=12, max_model_len=64)
+    prompts: list[Prompt] = [([1, *ONE, *range(30 + i, 40 + i)], [image(20)]) for i in range(3)]
+    long = SamplingParams(**{name: getattr(GREEDY, name) for name in ("temperature", "ignore_eos", "logit_bias")})
+    long.max_tokens = 24
+    ask(llm, prompts[:1])
+    outputs = tokens_of(ask(llm, prompts, long))
+    assert [tokens[:8] for tokens in outputs] == [expected(prompt) for prompt in prompts]
+
+
+def test_failed_encode_ends_its_request_alone(
+    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
+) -> None:
+    llm = engine(max_num_batched_tokens=64)
+    count_encodes(llm, fail=lambda number: number == 1)
+    failed, *others = ask(llm, PROMPTS)
+    assert failed.outputs[0].finish_reason == "error"
+    assert tokens_of(others) == [expected(prompt) for prompt in PROMPTS[1:]]
+    assert tokens_of(ask(llm, PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
+
+
+def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+    core = engine().llm_engine
+    for name, (tokens, images) in zip(("gone", "stays"), (PROMPTS[3], PROMPTS[0]), strict=True):
+        core.add_request(name, {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}, GREEDY)
+    core.step()
+    core.abort_request(["gone"])
+    finished = {}
+    while core.has_unfinished_requests():
+        finished |= {out.request_id: out for out in core.step() if out.finished}
+    assert list(finished["stays"].outputs[0].token_ids) == expected(PROMPTS[0])
+
+
+def test_towers_are_planned_for(engine: Callable[..., LLM]) -> None:
+    llm = engine(kv_cache_memory_bytes=None, max_num_batched_tokens=32)
+    worker = worker_of(llm)
+    assert worker.towers.nbytes > 0
+    assert tokens_of(ask(llm, PROMPTS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("auto", {"limit_mm_per_prompt": {"image": 0}}),
+        ("text-only-compat", {}),
+        ("auto", {"language_model_only": True}),
+    ],
+)
+def test_language_model_alone(
+    engine: Callable[..., LLM],
+    expected: Callable[[Prompt], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    options: dict[str, Any],
+) -> None:
+    monkeypatch.setenv("VLLM_METAL_MULTIMODAL_MODE", mode)
+    llm = engine(**options)
+    assert worker_of(llm).towers is None
+    assert tokens_of(ask(llm, PROMPTS[1:2])) == [expected(PROMPTS[1])]
+    with pytest.raises(ValueError, match=r"image|[Mm]ulti-?modal"):
+        ask(llm, PROMPTS[:1])
