@@ -119,6 +119,40 @@ CASES = {
 }
 
 
+GEMMA = {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 16, "sliding_window": 12}
+
+
+def gemma_image(rows: int, columns: int) -> Piece:
+    """One image of a size that is always the same, with a mark at each end."""
+    del rows, columns
+    pixels = RNG.standard_normal((1, 3, 16, 16)).astype(np.float32)
+    marks = [START, *[IMAGE] * 16, END]
+    return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
+
+
+CASES["gemma3"] = Case(
+    "Gemma3ForConditionalGeneration",
+    {
+        "model_type": "gemma3",
+        "text_config": TEXT
+        | GEMMA
+        | {
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 2, "layer_norm_eps": 1e-6,
+        },
+        "vocab_size": 128, "mm_tokens_per_image": 16, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END,
+    },
+    gemma_image,
+)  # fmt: skip
+
+
 @dataclass
 class Prompt:
     tokens: list[int]
@@ -198,6 +232,7 @@ def reference_inputs(tokens: Sequence[int], items: Sequence[MultimodalItem]) -> 
     kinds = {IMAGE: 1, VIDEO: 2}
     inputs = {"input_ids": torch.tensor([tokens])}
     inputs["mm_token_type_ids"] = torch.tensor([[kinds.get(token, 0) for token in tokens]])
+    inputs["token_type_ids"] = inputs["mm_token_type_ids"]
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for name in dict.fromkeys(name for item in items for name in item.data):
         arrays = [item.data[name] for item in items if name in item.data]
@@ -206,58 +241,92 @@ def reference_inputs(tokens: Sequence[int], items: Sequence[MultimodalItem]) -> 
     return inputs
 
 
-def serving(lab: SimpleNamespace, family: Family) -> Any:
-    """Return a server that gives each step what the items of its requests call for, as an engine would."""
-    encoded: dict[int, mx.array] = {}
+class Engine:
+    """What an engine adds to the steps of requests with items.
 
-    def coordinates(request: Any) -> np.ndarray | None:
+    Args:
+        family: Their model.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.encoded: dict[int, mx.array] = {}
+
+    def coordinates(self, request: Any) -> np.ndarray | None:
         """Return the request's M-RoPE positions, those of generated tokens included."""
         generated = len(request.logprobs)
         prompt = np.array(request.tokens[: len(request.tokens) - generated], np.int32)
-        found = family.towers.rope_positions(prompt, request.items)
+        found = self.family.towers.rope_positions(prompt, request.items)
         if found is None:
             return None
         later = np.arange(len(prompt), len(request.tokens), dtype=np.int32) + found[1]
         return np.concatenate([found[0], np.broadcast_to(later, (3, generated))], axis=1)
 
-    def rows_of(request: Any, start: int, count: int) -> tuple[list[int], list[mx.array]]:
+    def embeddings(self, request: Any, count: int) -> tuple[list[int], list[mx.array]]:
+        """Return which of a request's next rows take embeddings, and these."""
         rows, values = [], []
         for item in request.items:
-            if id(item) not in encoded:
-                encoded[id(item)] = family.towers.encode(item)
-            embeds = np.arange(item.length) if item.is_embed is None else np.flatnonzero(item.is_embed)
-            places = embeds + item.offset
-            wanted = np.flatnonzero((places >= start) & (places < start + count))
+            if id(item) not in self.encoded:
+                self.encoded[id(item)] = self.family.towers.encode(item)
+            places = item.embed_positions - request.computed
+            wanted = np.flatnonzero((places >= 0) & (places < count))
             if len(wanted):
-                rows += (places[wanted] - start).tolist()
-                values.append(encoded[id(item)][mx.array(wanted)])
+                rows += places[wanted].tolist()
+                values.append(self.encoded[id(item)][mx.array(wanted)])
         return rows, values
+
+    def spans(self, request: Any, count: int) -> list[tuple[int, int]]:
+        """Return which of a request's next rows see each other."""
+        places = [span for item in request.items for span in self.family.towers.spans(item)]
+        rows = [(max(0, first - request.computed), min(count, end - request.computed)) for first, end in places]
+        return [(first, end) for first, end in rows if first < end]
+
+    def whole(self, request: Any, count: int) -> int:
+        """Return how many rows to compute so that no span is cut at its end."""
+        for item in request.items:
+            for first, end in self.family.towers.spans(item):
+                if first < request.computed + count < end:
+                    return end - request.computed
+        return count
+
+    def inputs(self, work: Any) -> dict[str, Any]:
+        rows, values, spans, turns, at = [], [], [], [], 0
+        for request, count in work:
+            own, parts = self.embeddings(request, count)
+            rows += [at + row for row in own]
+            values += parts
+            spans += [(at + first, at + end) for first, end in self.spans(request, count)]
+            turns.append(self.coordinates(request))
+            turns[-1] = None if turns[-1] is None else turns[-1][:, request.computed : request.computed + count]
+            at += count
+        given: dict[str, Any] = {"bidirectional": spans}
+        if rows:
+            given["embeddings"] = RowEmbeddings(np.array(rows, np.int32), mx.concatenate(values))
+        if turns[0] is not None and at > len(work):
+            given["rope_positions"] = mx.array(np.concatenate(turns, axis=1))
+        return given
+
+    def positions(self, work: Any) -> mx.array | None:
+        """Return where the rows of a step of one row each are in time, height and width alike."""
+        found = [self.coordinates(request) for request, _ in work]
+        if found[0] is None or any(count > 1 for _, count in work):
+            return None
+        return mx.array([int(own[0, r.computed]) for own, (r, _) in zip(found, work, strict=True)], mx.int32)
+
+
+def serving(lab: SimpleNamespace, family: Family) -> Any:
+    """Return a server that gives each step what the items of its requests call for."""
+    engine = Engine(family)
 
     class MultimodalServer(lab.Server):
         def positions(self, work: Any) -> mx.array | None:
-            if any(count > 1 for _, count in work):
-                return None
-            found = [coordinates(request) for request, _ in work]
-            if found[0] is None:
-                return None
-            return mx.array([int(own[0, r.computed]) for own, (r, _) in zip(found, work, strict=True)], mx.int32)
+            return engine.positions(work)
 
         def inputs(self, work: Any) -> dict[str, Any]:
-            rows, values, turns, at = [], [], [], 0
-            for request, count in work:
-                own, parts = rows_of(request, request.computed, count)
-                rows += [at + row for row in own]
-                values += parts
-                where = coordinates(request)
-                if where is not None:
-                    turns.append(where[:, request.computed : request.computed + count])
-                at += count
-            given: dict[str, Any] = {}
-            if rows:
-                given["embeddings"] = RowEmbeddings(np.array(rows, np.int32), mx.concatenate(values))
-            if turns and at > len(work):
-                given["rope_positions"] = mx.array(np.concatenate(turns, axis=1))
-            return given
+            return engine.inputs(work)
+
+        def step(self, work: Any) -> mx.array:
+            return super().step([(request, engine.whole(request, count)) for request, count in work])
 
         def ask(self, prompt: Prompt, **shared: Any) -> Any:
             request = self.request(prompt.tokens, **shared)

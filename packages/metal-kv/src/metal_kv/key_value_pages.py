@@ -7,7 +7,9 @@ from jaxtyping import Float, Int32
 
 from metal_kernels import (
     RaggedBatch,
+    gather_kv_cache,
     paged_attention,
+    quantized_gather_kv_cache,
     quantized_paged_attention,
     quantized_reshape_and_cache,
     reshape_and_cache,
@@ -39,3 +41,13 @@ def attend_rows(
     if spec.rows:
         return quantized_paged_attention(query, kv_cache, batch, spec.rows, **options)
     return paged_attention(query, kv_cache, batch, **options)
+
+
+def gather_rows(
+    spec: AttentionSpec, kv_cache: mx.array, block_table: Int32[mx.array, "max_blocks"], seq_len: int
+) -> tuple[Float[mx.array, "context kv_heads head_size"], Float[mx.array, "context kv_heads head_size"]]:
+    """Return one request's keys and values at positions 0 up to ``seq_len``, as numbers of the spec's dtype."""
+    if spec.rows:
+        keys, values = quantized_gather_kv_cache(kv_cache, block_table, seq_len, spec.rows)
+        return keys.astype(spec.dtype), values.astype(spec.dtype)
+    return gather_kv_cache(kv_cache, block_table, seq_len)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
 from metal_kernels import RaggedBatch
 from metal_kv.attention_metadata import AttentionMetadata
+from metal_kv.key_value_pages import gather_rows
 from metal_kv.pool import LayerCache
 from metal_models.errors import MetalModelsError
+from metal_models.spans import Spans
 
 OWN_MASK = (
     "[attention] expected the mask that the cache made, got an array. "
@@ -31,11 +34,13 @@ class Step:
         self.views: list[CacheView] = []
         self.positions = mx.zeros((0,), mx.int32)
         self.metadata: Sequence[AttentionMetadata] = ()
+        self.spans = Spans()
 
-    def begin(self, metadata: Sequence[AttentionMetadata]) -> None:
-        """Make ``metadata`` (one per cache group) the rows that the views speak of."""
+    def begin(self, metadata: Sequence[AttentionMetadata], spans: Spans | None = None) -> None:
+        """Make ``metadata`` (one per cache group) the rows that the views speak of; ``spans`` see each other."""
         self.metadata = metadata
         self.positions = metadata[0].positions
+        self.spans = spans or Spans()
 
     def end(self) -> None:
         """Drop what the layers left, so that nothing outlives its step."""
@@ -229,8 +234,9 @@ class PagedView(CacheView):
         soft_cap: float | None,
         sinks: mx.array | None,
     ) -> mx.array:
+        rows = _rows(queries, self._key_padding)
         out = self._layer.attend(
-            _rows(queries, self._key_padding),
+            rows,
             metadata,
             scale=scale,
             soft_cap=soft_cap,
@@ -238,9 +244,22 @@ class PagedView(CacheView):
             sliding_window=window,
             order_token=self._order_token,
         )
+        if self.step.spans.concern(window):
+            if soft_cap is not None or sinks is not None:
+                raise MetalModelsError("[attention] expected spans without soft cap and sinks, got one of them.")
+            out = mx.array(out)  # another object for the same values: the layer has noted its own
+            out[mx.array(self.step.spans.rows)] = self._attend_spans(rows, metadata, window, scale)
         if self._value_padding:
             out = out[..., : self._value_size]
         return out[:, :, None]
+
+    def _attend_spans(self, rows: mx.array, metadata: AttentionMetadata, window: int | None, scale: float) -> mx.array:
+        spans = self.step.spans
+
+        def attend(pages: mx.array, batch: RaggedBatch) -> mx.array:
+            return spans.attend(rows, partial(gather_rows, self._layer.spec, pages), batch, scale=scale, window=window)
+
+        return self._layer.read(metadata, attend, self._order_token)
 
     def read(self, use: Callable[[mx.array, RaggedBatch], mx.array], like: mx.array) -> mx.array:
         """Return what ``use`` makes of the layer's pages."""

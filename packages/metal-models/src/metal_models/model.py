@@ -21,6 +21,7 @@ from metal_models.lora import LoraLayers
 from metal_models.registry import architecture_of
 from metal_models.row_inputs import RowEmbeddings, RowInputs, rope_sections
 from metal_models.row_projections import multiply_rows_together
+from metal_models.spans import Spans
 from metal_models.tracing import trace
 
 
@@ -80,6 +81,7 @@ class PagedModel:
         *,
         embeddings: RowEmbeddings | None = None,
         rope_positions: Int32[mx.array, "3 tokens"] | None = None,
+        bidirectional: Sequence[tuple[int, int]] = (),
     ) -> Float[mx.array, "tokens hidden"]:
         """Write the step's keys and values to ``pool`` and return its hidden rows, lazily.
 
@@ -91,16 +93,18 @@ class PagedModel:
             embeddings: What some rows take in place of their token's embedding.
             rope_positions: Time, height and width of every row, for models that turn heads by three coordinates
                 (M-RoPE). Where the three are equal in all rows, give the metadata these positions instead.
+            bidirectional: Ranges of rows that see each other, later ones too, each within one request: the embeddings
+                of an item, for towers that say so. Rows of a range that earlier steps computed did not see these.
 
         Raises:
             MetalModelsError: The model cannot take the embeddings or the rope positions.
         """
         if pool is not self._pool:
             self._bind(pool)
-        plain = embeddings is None and rope_positions is None and not self.lora.active
+        plain = embeddings is None and rope_positions is None and not bidirectional and not self.lora.active
         if self._decode_step is not None and plain and self._decode_step.serves(metadata):
             return self._decode_step(token_ids, metadata)
-        self._step.begin(metadata)
+        self._step.begin(metadata, Spans.of(bidirectional, architecture_of(self.config)))
         try:
             with self._row_inputs.applied(self._step.positions, embeddings, rope_positions):
                 ids = self._row_inputs.without_tokens(token_ids, embeddings)

@@ -35,6 +35,11 @@ class MultimodalItem:
         """Rows of encoder output that the prompt takes."""
         return self.length if self.is_embed is None else int(self.is_embed.sum())
 
+    @property
+    def embed_positions(self) -> np.ndarray:
+        """Positions in the prompt that take a row of encoder output, int64."""
+        return self.offset + (np.arange(self.length) if self.is_embed is None else np.flatnonzero(self.is_embed))
+
     def array(self, name: str, dtype: mx.Dtype | None = None) -> mx.array:
         """Return one of the processor's outputs.
 

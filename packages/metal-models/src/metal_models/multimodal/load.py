@@ -16,6 +16,7 @@ from metal_models.multimodal.towers import Towers
 
 # ``model_type`` -> module in ``families`` whose ``Family`` encodes for it.
 _FAMILIES = {
+    "gemma3": "gemma3",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
@@ -80,8 +81,8 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
     try:
         own = {
             name: array
-            for name, array in model.sanitize(weights).items()
-            if name.partition(".")[0] in family.part_names
+            for stored, array in model.sanitize(weights).items()
+            if (name := family.tensor_name(stored)) and name.partition(".")[0] in family.part_names
         }
         _quantize(parts, own, config)
         parts.load_weights(list(own.items()), strict=True)

@@ -24,13 +24,12 @@ class Towers(ABC):
     Attributes:
         package: mlx-vlm's package of the family.
         part_names: Attributes of mlx-vlm's model that are towers.
-        bidirectional: Whether embeddings of one item see each other, later ones too: a step then holds all rows of an
-            item or none, and names them to ``PagedModel.forward``.
+        bidirectional: Kinds of items whose embeddings see each other, later ones too: see ``spans``.
     """
 
     package: ClassVar[str]
     part_names: ClassVar[tuple[str, ...]]
-    bidirectional: bool = False
+    bidirectional: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
         self.parts: dict[str, Any] = dict(parts)
@@ -43,6 +42,15 @@ class Towers(ABC):
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """Return the ``config.json`` to make mlx-vlm's model from."""
         return config
+
+    @classmethod
+    def tensor_name(cls, name: str) -> str | None:
+        """Return what mlx-vlm's model calls a tensor; None for one that it has no use for.
+
+        Args:
+            name: As mlx-vlm's own renaming leaves it.
+        """
+        return name
 
     @classmethod
     @abstractmethod
@@ -94,3 +102,18 @@ class Towers(ABC):
         """
         del token_ids, items
         return None
+
+    def spans(self, item: MultimodalItem) -> list[tuple[int, int]]:
+        """Return the ranges of a prompt whose tokens see each other, later ones too.
+
+        What of a range is not cached has to be computed in one step, as ``bidirectional`` of ``PagedModel.forward``.
+
+        Args:
+            item: One of the prompt's.
+        """
+        if item.modality not in self.bidirectional:
+            return []
+        embeds = item.embed_positions
+        ends = np.flatnonzero(np.diff(embeds) > 1)
+        firsts, lasts = embeds[np.append(0, ends + 1)], embeds[np.append(ends, len(embeds) - 1)]
+        return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]

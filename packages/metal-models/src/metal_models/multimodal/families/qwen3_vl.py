@@ -35,11 +35,11 @@ class Family(qwen2_5_vl.Family):
     def _frames(self, item: MultimodalItem) -> Iterator[Grid]:
         times, height, width = grid_of(item, self.config)
         cells = height * width
-        embeds = np.arange(item.length) if item.is_embed is None else np.flatnonzero(item.is_embed)
+        embeds = item.embed_positions
         if len(embeds) != times * cells:
             raise MetalModelsError(
                 f"[rope_positions] expected {times * cells} placeholders for a grid of {times} × {height} × {width}, "
                 f"got {len(embeds)}. Prune no frames of videos."
             )
         for first in embeds[::cells]:
-            yield Grid(item.offset + int(first), 1, height, width)
+            yield Grid(int(first), 1, height, width)

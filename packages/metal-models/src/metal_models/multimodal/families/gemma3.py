@@ -1,0 +1,45 @@
+"""Gemma 3: images of one size, cut into crops where they are long, whose embeddings see each other."""
+
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from metal_models.multimodal.item import MultimodalItem
+from metal_models.multimodal.towers import Towers
+
+
+class Family(Towers):
+    """Gemma 3's vision tower and projector."""
+
+    package = "gemma3"
+    part_names = ("vision_tower", "multi_modal_projector")
+    bidirectional = frozenset({"image"})
+
+    @classmethod
+    def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the config with what mlx-vlm looks for in other places."""
+        tokens = config.get("mm_tokens_per_image", 256)
+        return config | {"text_config": config["text_config"] | {"mm_tokens_per_image": tokens}}
+
+    @classmethod
+    def tensor_name(cls, name: str) -> str | None:
+        """Return the name with the level that transformers 5 leaves out; a pooling head is for other uses."""
+        name = name.removeprefix("model.")
+        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        return None if ".head." in name else name
+
+    @classmethod
+    def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
+        """Return images, for the sizes that have a tower."""
+        return frozenset({"image"}) if config.get("vision_config") else frozenset()
+
+    def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
+        """Return the rows of all crops, the whole image first."""
+        pixels = item.array("pixel_values", self.dtype).transpose(0, 2, 3, 1)
+        hidden = self.parts["vision_tower"](pixels)[0]
+        rows = self.parts["multi_modal_projector"](hidden)
+        # The language model multiplies what it takes for embeddings of tokens by this, rounded likewise.
+        scale = mx.array(rows.shape[-1] ** 0.5, mx.bfloat16).astype(mx.float32)
+        return (rows.astype(mx.float32) / scale).astype(rows.dtype).reshape(-1, rows.shape[-1])
