@@ -76,3 +76,18 @@ def test_a_small_model_on_a_mac_of_36_gb(hub, capsys):
     assert "int4_per_token_head" in shown
     with pytest.raises(SystemExit):
         main(["plan", "hf://org/qwen", "--memory", "much"])
+
+
+def test_a_chip_says_how_fast_its_memory_lets_one_request_decode(hub, capsys):
+    weights = safetensors("a", 278_000)
+    hub.add("org/qwen", {"config.json": json.dumps(QWEN).encode(), "model.safetensors": weights})
+    chip = ["plan", "hf://org/qwen", "--chip", "apple m4 max"]
+    assert main([*chip, "--memory", "36GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    empty, full = found["decode_bounds"]
+    assert empty == pytest.approx(410e9 / found["weight_bytes"])
+    cached_bytes = found["context"] * 24 * 2 * 2 * 64 * 2
+    assert full == pytest.approx(410e9 / (found["weight_bytes"] + cached_bytes), rel=0.01)
+    assert main([*chip, "--memory", "24GB"]) == 2
+    assert "36GB, 48GB, 64GB, 128GB" in capsys.readouterr().err
+    assert main(["plan", "hf://org/qwen", "--chip", "Z80", "--memory", "24GB"]) == 2

@@ -131,6 +131,7 @@ def _add_models(commands: "Commands[argparse.ArgumentParser]") -> None:
     plan = _model_command(commands, "plan", planning.plan, "what a model would take, before its weights are fetched")
     _add_json(plan)
     plan.add_argument("--memory", type=_memory, metavar="36GB", help="plan for another Mac, with so much memory")
+    plan.add_argument("--chip", metavar="NAME", help='its chip, such as "M4 Pro": how fast it could decode')
     plan.add_argument("--max-model-len", type=int, metavar="TOKENS", help="length of a request")
     plan.add_argument("--gpu-memory-utilization", type=float, metavar="FRACTION", help="share of it for the server")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_metal_hub.chips import bandwidth
 from vllm_metal_hub.errors import HubError, UsageError
 from vllm_metal_hub.events import OnEvent, silent
 from vllm_metal_hub.file_selection import is_weight
@@ -43,11 +44,13 @@ class Machine:
         memory_bytes: Memory of another Mac; None for this machine.
         fraction: Share of it that the server is given; None for what it takes by itself.
         max_model_len: Length of a request; None for what the model was made for.
+        bandwidth: Bytes per second that its chip reads from memory; None where it is not known.
     """
 
     memory_bytes: int | None = None
     fraction: float | None = None
     max_model_len: int | None = None
+    bandwidth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Plan:
     """Figures in bytes and tokens; ``context`` is the longest single request, at most what the model was made for.
 
     ``options`` are the same with other formats of the cache; ``breakdown`` is the line that the server prints.
+    ``decode_bounds`` are the tokens/s of one request, with an empty cache and at full length, that reading weights and
+    cache once a token allows; None where the chip is not known, or not all weights are read.
     """
 
     model: str
@@ -78,6 +83,7 @@ class Plan:
     trained_context: int
     options: tuple[CacheOption, ...] = ()
     breakdown: str = ""
+    decode_bounds: tuple[float, float] | None = None
 
     @property
     def fits(self) -> bool:
@@ -88,7 +94,8 @@ class Plan:
 def plan(options: argparse.Namespace) -> int:
     """Show the plan; exit code 1 when the model does not fit."""
     console = Console(highlight=False)
-    machine = Machine(options.memory, options.gpu_memory_utilization, options.max_model_len)
+    speed = None if options.chip is None else bandwidth(options.chip, options.memory)
+    machine = Machine(options.memory, options.gpu_memory_utilization, options.max_model_len, speed)
     with PullDisplay(Console(stderr=True, highlight=False), options.ref) as display:
         found = make_plan(options.ref, options.revision, on_event=display, machine=machine)
     if options.json:
@@ -185,11 +192,20 @@ def _divide(
         raise HubError(
             f"[plan] expected layers whose caches share pages of {BLOCK_SIZE} tokens, got others in {name}."
         )
-    budget, _ = planned
+    budget, blocks = planned
+    longest = options[0].context
     return Plan(
         name, fetch, shutil.disk_usage(_existing(settings.hf_cache)).free, weights, budget.usable, budget.kv_budget,
-        budget.max_tokens_cached, options[0].context, trained, options, str(budget),
+        budget.max_tokens_cached, longest, trained, options, str(budget),
+        _decode_bounds(config, weights, blocks(longest) * budget.per_block_bytes, machine),
     )  # fmt: skip
+
+
+def _decode_bounds(config: dict[str, Any], weights: int, cache: int, machine: Machine) -> tuple[float, float] | None:
+    """Tokens per second of one request without and with a full cache of so many bytes."""
+    if machine.bandwidth is None or not weights or any("expert" in name for name in config):
+        return None
+    return machine.bandwidth / weights, machine.bandwidth / (weights + cache)
 
 
 def _budget(
@@ -266,6 +282,10 @@ def table(found: Plan) -> Table:
     rows.add_row("KV cache", f"{bytes_text(max(found.kv_cache_bytes, 0))}: {found.kv_cache_tokens:,} tokens")
     trained = f" of the {found.trained_context:,} it was trained for" if found.trained_context else ""
     rows.add_row("context", f"{found.context:,} tokens{trained}")
+    if found.decode_bounds is not None:
+        empty, full = found.decode_bounds
+        bound = f"at most {empty:,.0f} tokens/s for one request, {full:,.0f} at full length"
+        rows.add_row("decoding", f"{bound}: what its memory allows, not a measurement")
     return rows
 
 
