@@ -19,8 +19,12 @@ LAYERS = {
     "vllm-metal-plugin": "vllm_metal_plugin",
     "vllm-metal-hub": "vllm_metal_hub",
 }
-# What a package's own tests need beyond it: the simulator's clang; transformers' converter of GGUF tokenizers.
-TEST_EXTRAS = {"metal-kernels": "cpu,simulator", "metal-models": "torch"}
+# What a package's own tests need beyond it: the simulator's clang; transformers' converter of GGUF tokenizers; towers.
+TEST_EXTRAS = {
+    "metal-kernels": {"metal-kernels": "cpu,simulator"},
+    "metal-models": {"metal-models": "multimodal,torch"},
+    "vllm-metal-plugin": {"metal-models": "multimodal"},
+}
 NEEDS_VLLM = ("vllm-metal-plugin", "vllm-metal-hub")
 PYTHON = "3.11"
 # Each server that a test starts would compile vLLM and torch anew (half a minute) where the variable is set.
@@ -53,8 +57,7 @@ def tests(session: nox.Session, dist: str) -> None:
     """Run one package's tests where only that package and the layers below it are installed."""
     # mx.compile on MLX's CPU backend calls a C++ compiler.
     apt_install(session, "g++", "g++")
-    extras = {name: extra for name, extra in TEST_EXTRAS.items() if name == dist}
-    install(session, dist, "test", "demo", extras=extras)
+    install(session, dist, "test", "demo", extras=TEST_EXTRAS.get(dist))
     check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
     command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", *session.posargs]
     session.run(*command, env=TEST_ENV)
@@ -64,7 +67,7 @@ def tests(session: nox.Session, dist: str) -> None:
 def parity(session: nox.Session) -> None:
     """Compare every architecture with mlx-lm's own generation, and run the other slow model tests; nightly."""
     apt_install(session, "g++", "g++")
-    install(session, "metal-models", "test", "demo", extras={"metal-models": "torch"})
+    install(session, "metal-models", "test", "demo", extras=TEST_EXTRAS["metal-models"])
     session.run("pytest", "packages/metal-models/tests", "-q", "-m", "slow", *session.posargs, env=TEST_ENV)
 
 
@@ -115,5 +118,5 @@ def wheels(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """Drive the real server with real clients, real (small) weights, on MLX's CPU backend."""
     apt_install(session, "g++", "g++")
-    install(session, "vllm-metal-hub", "test", "demo")
+    install(session, "vllm-metal-hub", "test", "demo", extras=TEST_EXTRAS["vllm-metal-plugin"])
     session.run("pytest", "tests/e2e", "-q", "-m", "not slow", *session.posargs, env=TEST_ENV)
