@@ -51,6 +51,50 @@ def test_shard_that_the_index_lists_is_missing(directory: Path) -> None:
         check_files(directory)
 
 
+def shards(directory: Path, weight_map: dict[str, str]) -> Path:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    mx.save_safetensors(str(directory / "model-00002-of-00002.safetensors"), {"c": mx.ones((4,))})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def test_shards_as_the_index_has_them(directory: Path) -> None:
+    check_files(shards(directory, {"a": FIRST, "b": FIRST, "c": SECOND}))
+
+
+def test_tensor_in_another_shard_than_the_index_has_it(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"expected b in .*{SECOND}.*got it in {FIRST}"):
+        check_files(shards(directory, {"a": FIRST, "b": SECOND, "c": SECOND}))
+
+
+def test_tensor_that_only_the_index_has(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"expected d in .*{SECOND}.*got no such tensor"):
+        check_files(shards(directory, {"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND}))
+
+
+def test_tensor_in_two_files(directory: Path) -> None:
+    mx.save_safetensors(str(directory / "model-00001-of-00001.safetensors"), {"a": mx.ones((4, 4))})
+    with pytest.raises(CheckpointError, match=r"one tensor a in .*Remove the files"):
+        check_files(directory)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=rf"got {name}, a pickle .*save_pretrained"):
+        check_files(tmp_path)
+
+
+def test_type_that_mlx_does_not_read(directory: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match="got F8_E5M2 for w"):
+        check_files(directory)
+
+
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"or one \.gguf"):
         check_files(tmp_path)

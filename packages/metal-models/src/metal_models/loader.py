@@ -15,7 +15,7 @@ from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
 from metal_models.pooling_checkpoint import for_pooling
-from metal_models.residence import evaluate, expand, expanded_nbytes, nbytes
+from metal_models.residence import embed_in, evaluate, expand, expanded_nbytes, nbytes
 from metal_models.weights import CheckpointFormat, Conversion, config_dtype, converting, format_of, quantization_of
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def load(
     evaluate(module)
     if expanded_nbytes(module, dtype) <= expand_to_bytes:
         expand(module, dtype)
+    if dtype is not None:
+        embed_in(module, dtype)
     return PagedModel(module, config, mla_kernel=mla_kernel)
 
 

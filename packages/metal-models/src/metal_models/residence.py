@@ -62,6 +62,20 @@ def expand(module: nn.Module, dtype: mx.Dtype | None = None) -> None:
         module.update_modules(tree_unflatten([(path, replaced)]))
 
 
+def embed_in(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Let quantised embeddings return ``dtype``: those whose scales are bytes return bfloat16 by themselves."""
+    for _, layer in module.named_modules():
+        if type(layer) is nn.QuantizedEmbedding and layer.mode != "affine" and dtype != mx.bfloat16:
+            layer.__class__ = _TypedEmbedding
+            object.__setattr__(layer, "_dtype", dtype)
+
+
+class _TypedEmbedding(nn.QuantizedEmbedding):
+    def __call__(self, x: mx.array) -> mx.array:
+        rows: mx.array = super().__call__(x)
+        return rows.astype(self._dtype)
+
+
 def _quantized(module: nn.Module) -> list[tuple[str, Any]]:
     """Return the layers that ``expand`` replaces."""
     return [
