@@ -190,7 +190,8 @@ def test_failing_step_ends_its_requests_and_not_the_engine(engine: Callable[...,
 
     worker.model.forward = out_of_memory
     [failed] = llm.encode(inputs(PROMPTS[:1]), pooling_task="embed", use_tqdm=False)
-    assert failed.error is not None
+    assert failed.error.code == "step_failed"
+    assert not failed.error.retryable
     [got] = embed(llm, PROMPTS[:1])
     np.testing.assert_allclose(got, normalised(saved.rows(PROMPTS[0])[-1]), atol=2e-5)
 

@@ -10,6 +10,7 @@ from mlx_lm.utils import _get_classes as mlx_lm_classes
 from metal_kv.spec import KVCacheSpec
 from metal_models import interception
 from metal_models.config_names import reading_new_names
+from metal_models.encoders import build_encoder, is_encoder
 from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
@@ -99,7 +100,7 @@ def build(config: dict[str, Any]) -> nn.Module:
 
 
 def layer_specs(config: dict[str, Any], block_size: int = 16) -> dict[str, KVCacheSpec]:
-    """Return what each layer of a model would keep, by name, without reading weights.
+    """Return what each layer of a model would keep, by name, without reading weights; nothing for an encoder.
 
     Args:
         config: As in the model's ``config.json``.
@@ -109,6 +110,9 @@ def layer_specs(config: dict[str, Any], block_size: int = 16) -> dict[str, KVCac
         UnsupportedModelError: It does not run over the paged cache; the error names the architecture and the reason.
         MetalModelsError: The config is incomplete.
     """
+    if is_encoder(config):
+        build_encoder(config)
+        return {}
     model = build(config)
     return all_specs(trace(model, HeadSplit(model), architecture_of(config)).layers, block_size)
 

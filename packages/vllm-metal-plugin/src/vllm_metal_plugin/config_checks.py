@@ -8,8 +8,27 @@ from vllm_metal_plugin.envs import MetalEnvs
 from vllm_metal_plugin.errors import UnsupportedConfigError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
+ENCODERS = frozenset(
+    {
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertModel",
+        "BgeM3EmbeddingModel",
+        "ModernBertForSequenceClassification",
+        "ModernBertForTokenClassification",
+        "ModernBertModel",
+        "RobertaForMaskedLM",
+        "RobertaForSequenceClassification",
+        "RobertaForTokenClassification",
+        "RobertaModel",
+        "XLMRobertaForSequenceClassification",
+        "XLMRobertaForTokenClassification",
+        "XLMRobertaModel",
+    }
+)
+"""Architectures, by vLLM's names, of models that take a prompt whole and keep nothing of it."""
 LOAD_FORMATS = ("auto", "hf", "safetensors", "mlx", "gguf")
 
 
@@ -23,6 +42,12 @@ def check_config(vllm_config: "VllmConfig", envs: MetalEnvs) -> None:
         for problem in check(vllm_config, envs):
             raise UnsupportedConfigError(f"[config] {problem}")
     CacheFormats.from_vllm(vllm_config)
+
+
+def encodes(config: "VllmConfig") -> bool:
+    """Whether the model is an encoder that the plugin has."""
+    model = config.model_config
+    return model is not None and model.runner_type == "pooling" and model.architecture in ENCODERS
 
 
 def _paged(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -75,21 +100,36 @@ def _pooling(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     model = config.model_config
     if model is None or model.runner_type != "pooling":
         return
-    if model.convert_type not in ("embed", "classify"):
-        yield (
-            f"expected an architecture that vLLM makes a pooling model of, got {model.architecture}, which is one "
-            "with code of its own. Use a model whose decoder generates text, such as Qwen3-Embedding."
-        )
-    if model.attn_type == "encoder_only":
-        yield (
-            f"expected a model whose tokens see the ones before them, got {model.architecture}, whose tokens see all. "
-            "Bidirectional attention is not supported in this version."
-        )
+    yield from _converted(model) if encodes(config) else _decoder(model)
     pooling = model.pooler_config.seq_pooling_type
     if config.scheduler_config.enable_chunked_prefill and not model.is_chunked_prefill_supported:
         yield f"expected no --enable-chunked-prefill with {pooling} pooling, which takes a prompt whole. Drop it."
     if config.cache_config.enable_prefix_caching and not model.is_prefix_caching_supported:
         yield f"expected no --enable-prefix-caching with {pooling} pooling, which takes a prompt whole. Drop it."
+
+
+def _converted(model: "ModelConfig") -> Iterator[str]:
+    # vLLM's own ModernBertModel has no pooler: it is converted to one that embeds, which ours is anyway.
+    embeds = model.convert_type == "embed" and model.architecture.endswith("Model")
+    if model.convert_type != "none" and not embeds:
+        yield (
+            f"expected no --convert with {model.architecture}, got {model.convert_type}. Use a checkpoint of the "
+            "architecture that does this."
+        )
+
+
+def _decoder(model: "ModelConfig") -> Iterator[str]:
+    if model.convert_type not in ("embed", "classify"):
+        yield (
+            f"expected an architecture that vLLM makes a pooling model of, got {model.architecture}, which is one "
+            "with code of its own. Use BERT, RoBERTa, XLM-RoBERTa, ModernBERT, or a model whose decoder generates "
+            "text, such as Qwen3-Embedding."
+        )
+    if model.attn_type == "encoder_only":
+        yield (
+            f"expected a model whose tokens see the ones before them, got {model.architecture}, whose tokens see all. "
+            "Bidirectional attention of this architecture is not supported in this version."
+        )
 
 
 def _lora(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -105,6 +145,18 @@ def _lora(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         )
 
 
+def _multimodal(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
+    multimodal = config.model_config and config.model_config.multimodal_config
+    if multimodal is None:
+        return
+    if multimodal.enable_mm_embeds:
+        yield "expected no --enable-mm-embeds. Images, video and sound are encoded here; drop the option."
+    if multimodal.mm_encoder_only:
+        yield "expected no --mm-encoder-only. Encoders run beside their language model; drop the option."
+    if multimodal.is_multimodal_pruning_enabled():
+        yield "expected no --video-pruning-rate. All frames are encoded; drop the option."
+
+
 def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     load_format = str(config.load_config.load_format)
     if load_format not in LOAD_FORMATS:
@@ -118,5 +170,6 @@ CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _model,
     _pooling,
     _lora,
+    _multimodal,
     _loading,
 )

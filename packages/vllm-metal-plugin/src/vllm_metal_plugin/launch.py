@@ -23,7 +23,7 @@ def install() -> None:
     get_batch_defaults = EngineArgs.get_batch_defaults.__func__
 
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
-        upstream_fixes.install_for_configuration()
+        upstream_fixes.install_in_front_end()
         prepare(self)
         return create_engine_config(self, *args, **kwargs)
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WORKER_CLS = "vllm_metal_plugin.worker.MetalWorker"
+ENCODER_WORKER_CLS = "vllm_metal_plugin.encoder_worker.EncoderWorker"
 ATTENTION_BACKEND = "vllm_metal_plugin.attention_backend.SyntheticBackend"
 
 
@@ -133,7 +134,7 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         """Refuse what the plugin cannot do and point vLLM at its worker."""
         from vllm.config import CompilationMode
 
-        from vllm_metal_plugin.config_checks import check_config
+        from vllm_metal_plugin.config_checks import check_config, encodes
         from vllm_metal_plugin.envs import read_envs
 
         envs = read_envs()
@@ -144,12 +145,16 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         if model is not None:
             cls._vocab_size = model.get_vocab_size()
             if model.multimodal_config is not None:
-                model.multimodal_config.mm_device_do_normalize = False
+                _prepare_multimodal(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls != "auto":
             return
         # First pass only: the engine writes the block size of the cache groups into the same field later.
-        parallel.worker_cls = WORKER_CLS
+        encoder = encodes(vllm_config)
+        parallel.worker_cls = ENCODER_WORKER_CLS if encoder else WORKER_CLS
+        if encoder:
+            _bound_length(vllm_config)
+            return
         cache = vllm_config.cache_config
         if envs.block_size is not None and not cache.user_specified_block_size:
             cache.block_size = envs.block_size
@@ -159,6 +164,27 @@ class MetalPlatform(Platform):  # type: ignore[misc]
             _cache_states_with_prefixes(vllm_config)
         if not envs.use_paged_attention:
             _leave_prefixes_to_the_worker(vllm_config)
+
+
+def _bound_length(vllm_config: "VllmConfig") -> None:
+    """Keep prompts within the positions that an encoder has, of which vLLM takes RoBERTa's first two for usable."""
+    from metal_models.encoders import max_length
+
+    model = vllm_config.model_config
+    longest = max_length(model.hf_config.to_dict())
+    if model.max_model_len > longest:
+        model.max_model_len = longest
+        vllm_config.scheduler_config.max_model_len = longest
+
+
+def _prepare_multimodal(vllm_config: "VllmConfig") -> None:
+    """Let processors do all that they can, and keep items whole whose tokens see each other."""
+    model = vllm_config.model_config
+    model.multimodal_config.mm_device_do_normalize = False
+    if model.runner_type == "pooling":
+        model.multimodal_config.language_model_only = True
+    elif model.is_mm_prefix_lm and model.supports_multimodal_inputs:
+        vllm_config.scheduler_config.disable_chunked_mm_input = True
 
 
 def _leave_prefixes_to_the_worker(vllm_config: "VllmConfig") -> None:

@@ -19,9 +19,9 @@ def check_model_files(directory: str) -> None:
 
     path = Path(directory)
     try:
-        _layer_specs(directory)
+        encoder = not _layer_specs(directory)
         if any(path.glob("model*.safetensors")) or not any(path.glob("*.gguf")):
-            check_files(path)
+            check_files(path, torch_files=encoder)
     except MetalModelsError as error:
         raise ModelFilesError(str(error)) from error
 

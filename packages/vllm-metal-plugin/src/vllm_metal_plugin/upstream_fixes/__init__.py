@@ -9,10 +9,12 @@ def install() -> None:
     open_connections_at_shutdown.install()
 
 
-def install_for_configuration() -> None:
-    """Install the workarounds that only the process that builds the configuration needs; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import roberta_position_kind
+def install_in_front_end() -> None:
+    """Install the workarounds that only the process that takes requests needs; safe to repeat."""
+    from vllm_metal_plugin.upstream_fixes import adapter_errors, failed_steps, roberta_position_kind
 
+    adapter_errors.install()
+    failed_steps.install_in_front_end()
     roberta_position_kind.install()
 
 

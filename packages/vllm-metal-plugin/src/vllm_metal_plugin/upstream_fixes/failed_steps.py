@@ -1,9 +1,10 @@
 """vLLM 0.32 has no way for a worker to say "this step failed": any exception in a step ends the engine.
 
-The runner returns a ``FailedStepOutput`` instead of raising. The scheduler finishes the requests it names
-with
-status FINISHED_ERROR (the clients get HTTP 500) and drops their blocks from the prefix cache, since the step
-that should have filled them did not run. It can go when ``ModelRunnerOutput`` can carry errors per request.
+The runner returns a ``FailedStepOutput`` instead of raising. The scheduler finishes the requests it names with status
+FINISHED_ERROR (the clients get HTTP 500) and drops their blocks from the prefix cache, since the step that should have
+filled them did not run. Of errors of requests to be pooled the front end knows one, a missing multi-modal input: the
+scheduler's output carries that with a mark of ours, and the front end replaces it. All of it can go when
+``ModelRunnerOutput`` can carry errors per request.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,9 @@ from typing import Any
 from vllm.v1.outputs import ModelRunnerOutput
 
 _installed = False
+_installed_in_front_end = False
+_MARK = ["failed step"]
+"""In place of the hashes of inputs that are missing."""
 
 
 @dataclass
@@ -61,6 +65,32 @@ def install() -> None:
     Scheduler.update_from_output = update_from_output
 
 
+def install_in_front_end() -> None:
+    """Tell clients of pooling requests that a step failed; safe to repeat."""
+    global _installed_in_front_end
+    if _installed_in_front_end:
+        return
+    _installed_in_front_end = True
+    from vllm.outputs import RequestError
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    process_outputs, make_request_output = OutputProcessor.process_outputs, RequestState.make_request_output
+
+    def process(self: Any, engine_core_outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.mm_cache_miss_hashes == _MARK and output.request_id in self.request_states:
+                self.request_states[output.request_id].step_failed = True
+        return process_outputs(self, engine_core_outputs, *args, **kwargs)
+
+    def make(self: Any, *args: Any, error: Any = None, **kwargs: Any) -> Any:
+        if error is not None and getattr(self, "step_failed", False):
+            text = "The step that computed this request failed; the server's log says why."
+            error = RequestError(code="step_failed", message=text)
+        return make_request_output(self, *args, error=error, **kwargs)
+
+    OutputProcessor.process_outputs, RequestState.make_request_output = process, make
+
+
 def _fail(scheduler: Any, failed: set[str]) -> None:
     """Forget the cached blocks of ``failed`` and have the scheduler finish these requests with an error.
 
@@ -77,12 +107,12 @@ def _fail(scheduler: Any, failed: set[str]) -> None:
 def _mark(outputs: Any, pooling: set[str]) -> None:
     """Let the front end see that requests to be pooled failed.
 
-    Of all errors it knows one for them, a missing multi-modal input, and takes their outputs for text otherwise.
+    It takes their outputs for text otherwise.
     """
     for client in outputs.values():
         for output in client.outputs:
             if output.request_id in pooling and output.finish_reason is not None and output.pooling_output is None:
-                output.mm_cache_miss_hashes = ["failed step"]
+                output.mm_cache_miss_hashes = _MARK
 
 
 def _blocks(scheduler: Any, req_id: str) -> set[int]:

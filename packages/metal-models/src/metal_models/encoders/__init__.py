@@ -1,0 +1,52 @@
+"""Models whose tokens see the whole prompt: one file for each family, named after its first ``model_type``."""
+
+import importlib
+from typing import Any
+
+import mlx.nn as nn
+
+from metal_models.errors import MetalModelsError, UnsupportedModelError
+
+# ``model_type`` of a config.json -> module here, which has Model, ModelArgs and their rules for names of tensors.
+_FAMILIES = {
+    "bert": "bert",
+    "modernbert": "modernbert",
+    "roberta": "bert",
+    "xlm-roberta": "bert",
+}
+
+
+def is_encoder(config: dict[str, Any]) -> bool:
+    """Whether a model of this ``config.json`` is one of these; a decoder built from the same layers is not."""
+    names = config.get("architectures") or []
+    causal = bool(config.get("is_decoder")) or any("CausalLM" in str(name) for name in names)
+    return config.get("model_type") in _FAMILIES and not causal
+
+
+def family(config: dict[str, Any]) -> Any:
+    """Return the module of a model's family."""
+    return importlib.import_module(f"metal_models.encoders.{_FAMILIES[config['model_type']]}")
+
+
+def build_encoder(config: dict[str, Any]) -> nn.Module:
+    """Return an encoder with random, unevaluated parameters.
+
+    Raises:
+        UnsupportedModelError: It is none of the families here.
+        MetalModelsError: The config lacks a value, or has one that the family does not know.
+    """
+    if not is_encoder(config):
+        raise UnsupportedModelError(str(config.get("model_type")), "it is no encoder that is known here")
+    code = family(config)
+    try:
+        module: nn.Module = code.Model(code.ModelArgs.from_dict(config))
+    except (TypeError, ValueError, LookupError) as error:
+        raise MetalModelsError(
+            f"[load] expected a config that {config['model_type']!r} can have, got {error}. Check config.json."
+        ) from error
+    return module
+
+
+def max_length(config: dict[str, Any]) -> int:
+    """Return the tokens of the longest sequence that an encoder has positions for."""
+    return int(family(config).ModelArgs.from_dict(config).max_length)
