@@ -9,6 +9,7 @@ llama of 4 layers, 256 wide. Times are processor time, all threads together: oth
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -21,27 +22,31 @@ import metal_kernels  # noqa: F401  # before mlx.core, to give it a fast BLAS
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 704,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5, "tie_word_embeddings": True,
-    "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+COMMON = {
+    "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
+    "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "float32", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+LLAMA = COMMON | {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "intermediate_size": 704, "num_hidden_layers": 4,
+    "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
 }  # fmt: skip
 
 
-def random_model(directory: Path) -> Path:
-    """Write a llama with random weights."""
+def random_model(directory: Path, config: dict) -> Path:
+    """Write a model with random weights."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models.llama import Model, ModelArgs
 
     mx.set_default_device(mx.cpu)
-    model = Model(ModelArgs.from_dict(CONFIG))
+    mx.random.seed(0)
+    file = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = file.Model(file.ModelArgs.from_dict(config))
     weights = {
         name: 0.05 * mx.random.normal(a.shape) if a.ndim > 1 else a for name, a in tree_flatten(model.parameters())
     }
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -55,21 +60,25 @@ def first_token(llm, prompt: list[int]) -> tuple[float, int]:
     return time.process_time() - start, output.outputs[0].token_ids[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--prefix", type=int, default=4096)
-    parser.add_argument("--suffix", type=int, default=16)
-    parser.add_argument("--unshared", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=2)
-    parser.add_argument("--path", choices=("paged", "contiguous"), default="paged")
-    args = parser.parse_args()
-    os.environ["VLLM_METAL_USE_PAGED_ATTENTION"] = str(int(args.path == "paged"))
+def parser(description: str, *, prefix: int, unshared: int) -> argparse.ArgumentParser:
+    """Return what both scripts may be told."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", type=Path)
+    options.add_argument("--prefix", type=int, default=prefix)
+    options.add_argument("--suffix", type=int, default=16)
+    options.add_argument("--unshared", type=int, default=unshared)
+    options.add_argument("--requests", type=int, default=2)
+    return options
+
+
+def compare(name: str, args: argparse.Namespace, config: dict) -> None:
+    """Print both ratios of a model: shared beginnings, and prompts that share nothing."""
     import numpy as np
     from vllm import LLM
 
-    model = args.model or random_model(Path(tempfile.mkdtemp()))
-    options = {"max_model_len": args.prefix + 256, "max_num_seqs": 4, "max_num_batched_tokens": 512}
+    model = args.model or random_model(Path(tempfile.mkdtemp()), config)
+    longest = max(args.prefix + args.suffix, args.unshared)
+    options = {"max_model_len": longest + 240, "max_num_seqs": 4, "max_num_batched_tokens": 512}
     if args.model is None:
         options["skip_tokenizer_init"] = True
     on, off = (
@@ -94,7 +103,7 @@ def main() -> None:
         hits.append(hit)
         misses.append(miss)
     print(
-        f"{args.path}: first token of {args.prefix} shared + {args.suffix} tokens {min(misses) / min(hits):.1f} x "
+        f"{name}: first token of {args.prefix} shared + {args.suffix} tokens {min(misses) / min(hits):.1f} x "
         f"sooner ({min(misses):.3f} s -> {min(hits):.3f} s)",
         flush=True,
     )
@@ -102,13 +111,24 @@ def main() -> None:
     for turn in range(4 * args.requests):
         prompt = tokens(args.unshared)
         order = ((on, with_cache), (off, without)) if turn % 2 else ((off, without), (on, with_cache))
-        for llm, times in order:
-            times.append(first_token(llm, prompt)[0])
+        found = {id(times): first_token(llm, prompt) for llm, times in order}
+        assert len({token for _, token in found.values()}) == 1, "the cache changed the answer"
+        for _, times in order:
+            times.append(found[id(times)][0])
     medians = statistics.median(with_cache) / statistics.median(without)
     print(
-        f"{args.path}: unshared prompts of {args.unshared} tokens take {min(with_cache) / min(without):.3f} x "
-        f"(medians {medians:.3f}) of the time without the cache"
+        f"{name}: unshared prompts of {args.unshared} tokens take {min(with_cache) / min(without):.3f} x "
+        f"(medians {medians:.3f}) of the time without the cache: speed {1 / medians:.3f}",
+        flush=True,
     )
+
+
+def main() -> None:
+    options = parser(__doc__, prefix=4096, unshared=256)
+    options.add_argument("--path", choices=("paged", "contiguous"), default="paged")
+    args = options.parse_args()
+    os.environ["VLLM_METAL_USE_PAGED_ATTENTION"] = str(int(args.path == "paged"))
+    compare(args.path, args, LLAMA)
 
 
 if __name__ == "__main__":

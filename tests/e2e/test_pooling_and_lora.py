@@ -1,4 +1,4 @@
-"""Embeddings and LoRA adapters through the real server and the real client."""
+"""Embeddings, scores and LoRA adapters through the real server and the real client."""
 
 import json
 import math
@@ -94,6 +94,84 @@ def test_embeddings(tmp_path: Path) -> None:
         assert math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-4)
 
 
+XLM_ROBERTA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 130,
+    "type_vocab_size": 1,
+}
+
+
+def write_encoder(directory: Path, name: str, **options: Any) -> Any:
+    """Write a tiny random XLM-RoBERTa as transformers does, and a tokenizer whose words are ``w4``, ``w5``, …"""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(transformers.XLMRobertaConfig(**XLM_ROBERTA, **options)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **marks)
+    fast.save_pretrained(directory)
+    return model
+
+
+def encoded(model: Any, *texts: str) -> Any:
+    """What transformers' model makes of one text, or of two between marks."""
+    import torch
+
+    ids = [0]
+    for position, text in enumerate(texts):
+        ids += [2] * bool(position) + [int(word[1:]) for word in text.split()] + [2]
+    with torch.no_grad():
+        return model(torch.tensor([ids]))
+
+
+def test_embeddings_of_an_encoder(tmp_path: Path) -> None:
+    model = write_encoder(tmp_path / "model", "XLMRobertaModel")
+    texts = ["w5 w9 w17", "w40 " * 50, "w4"]
+    flags = ("--served-model-name", "tiny")
+    with serving(tmp_path / "model", tmp_path / "log", *flags) as server, server.client() as client:
+        answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+        with pytest.raises(openai.BadRequestError, match="128"):
+            client.embeddings.create(model="tiny", input="w5 " * 127)
+        status, text = post(server, "score", model="tiny", queries=texts[0], documents=texts[1:])
+    expected = [encoded(model, text).last_hidden_state[0, 0].numpy() for text in texts]
+    expected = [row / np.linalg.norm(row) for row in expected]
+    for item, row in zip(answer.data, expected, strict=True):
+        np.testing.assert_allclose(item.embedding, row, atol=2e-5)
+    assert status == 200
+    scores = [item["score"] for item in json.loads(text)["data"]]
+    np.testing.assert_allclose(scores, [expected[0] @ row for row in expected[1:]], atol=2e-5)
+
+
+def test_reranking(tmp_path: Path) -> None:
+    model = write_encoder(tmp_path / "model", "XLMRobertaForSequenceClassification", num_labels=1)
+    query, documents = "w5 w9", ["w17 w20", "w40 w41 w42", "w9 " * 60]
+    with serving(tmp_path / "model", tmp_path / "log", "--served-model-name", "tiny") as server:
+        ranked = post(server, "rerank", model="tiny", query=query, documents=documents)
+        scored = post(server, "score", model="tiny", queries=query, documents=documents)
+    expected = [float(encoded(model, query, document).logits.sigmoid()) for document in documents]
+    assert ranked[0] == scored[0] == 200
+    np.testing.assert_allclose([item["score"] for item in json.loads(scored[1])["data"]], expected, atol=2e-5)
+    results = json.loads(ranked[1])["results"]
+    assert [item["index"] for item in results] == list(np.argsort(expected)[::-1])
+    for item in results:
+        assert math.isclose(item["relevance_score"], expected[item["index"]], abs_tol=2e-5)
+
+
 def post(server: Server, path: str, **body: Any) -> tuple[int, str]:
     request = urllib.request.Request(
         f"{server.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -122,7 +200,7 @@ def test_adapters_at_start_and_at_run_time(tmp_path: Path) -> None:
 
         texts = [complete("tiny"), complete("first")]
         status, text = post(server, "load_lora_adapter", lora_name="broken", lora_path=str(broken))
-        assert status >= 400
+        assert status == 400
         assert "[lora] expected safetensors" in text
         assert post(server, "load_lora_adapter", lora_name="none", lora_path=str(tmp_path / "no"))[0] == 404
         assert post(server, "load_lora_adapter", lora_name="second", lora_path=str(second))[0] == 200
