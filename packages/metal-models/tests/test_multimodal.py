@@ -1,7 +1,8 @@
 """Images, video and sound among text, in ragged batches, generate what transformers generates one prompt at a time."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,22 +20,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 NEW_TOKENS = 4
-IMAGE, VIDEO, START, END = 120, 121, 122, 123
+AUDIO, IMAGE, VIDEO, START, END = 119, 120, 121, 122, 123
+TEXT_TOKENS = 110
 RNG = np.random.default_rng(5)
 
-TEXT = {
-    "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "pad_token_id": None,
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-PATCHES = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
-    "spatial_merge_size": 2, "temporal_patch_size": 2,
-}  # fmt: skip
-QWEN_TOKENS = {
-    "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
-}  # fmt: skip
+CONFIGS = Path(__file__).parent / "configs_multimodal"
 
 
 @dataclass
@@ -49,16 +39,20 @@ class Piece:
 
 @dataclass
 class Case:
-    """A family: its tiny config, and how an image or a video of some size looks in a prompt."""
+    """A family whose tiny config is in ``configs_multimodal``: how an image or a video of some size looks in a prompt.
 
-    architecture: str
-    config: dict[str, Any]
+    Transformers takes the items of a prompt joined or stacked, and some under other names than vLLM.
+    """
+
     image: Callable[[int, int], Piece]
     video: Callable[[int, int, int], Piece] | None = None
+    audio: Callable[[], Piece] | None = None
+    joined: set[str] = field(default_factory=lambda: {"pixel_values", "pixel_values_videos"})
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def text(length: int) -> Piece:
-    return Piece(RNG.integers(1, 110, length).tolist())
+    return Piece(RNG.integers(1, TEXT_TOKENS, length).tolist())
 
 
 def qwen_patches(times: int, rows: int, columns: int) -> np.ndarray:
@@ -89,39 +83,6 @@ def qwen3_video(times: int, rows: int, columns: int) -> Piece:
     return Piece(frame * times, "video", [token == VIDEO for token in frame] * times, data)
 
 
-def mrope(**more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [4, 2, 2], **more}}
-
-
-CASES = {
-    "qwen2_5_vl": Case(
-        "Qwen2_5_VLForConditionalGeneration",
-        {
-            "model_type": "qwen2_5_vl",
-            "text_config": TEXT | mrope(),
-            "vision_config": PATCHES | {"window_size": 16, "fullatt_block_indexes": [1]},
-            **QWEN_TOKENS,
-        },
-        qwen_image,
-        qwen2_5_video,
-    ),
-    "qwen3_vl": Case(
-        "Qwen3VLForConditionalGeneration",
-        {
-            "model_type": "qwen3_vl",
-            "text_config": TEXT | mrope(mrope_interleaved=True),
-            "vision_config": PATCHES | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-            **QWEN_TOKENS,
-        },
-        qwen_image,
-        qwen3_video,
-    ),
-}
-
-
-GEMMA = {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 16, "sliding_window": 12}
-
-
 def gemma_image(rows: int, columns: int) -> Piece:
     """One image of a size that is always the same, with a mark at each end."""
     del rows, columns
@@ -130,27 +91,54 @@ def gemma_image(rows: int, columns: int) -> Piece:
     return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
 
 
-CASES["gemma3"] = Case(
-    "Gemma3ForConditionalGeneration",
-    {
-        "model_type": "gemma3",
-        "text_config": TEXT
-        | GEMMA
-        | {
-            "num_hidden_layers": 6,
-            "rope_parameters": {
-                "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
-                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
-            },
+def gemma4_patches(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return patches and where they are, and padding after them."""
+    places = np.full((40, 2), -1)
+    places[: rows * columns] = [(x, y) for y in range(rows) for x in range(columns)]
+    pixels = RNG.random((40, 3 * 4 * 4)).astype(np.float32)
+    return pixels * (places[:, :1] >= 0).astype(np.float32), places
+
+
+def gemma4_image(rows: int, columns: int) -> Piece:
+    pixels, places = gemma4_patches(rows, columns)
+    marks = [START, *[IMAGE] * (rows * columns // 4), END]
+    data = {"pixel_values": pixels, "pixel_position_ids": places}
+    return Piece(marks, "image", [token == IMAGE for token in marks], data)
+
+
+def gemma4_video(times: int, rows: int, columns: int) -> Piece:
+    frames = [gemma4_patches(rows, columns) for _ in range(times)]
+    frame = [7, START, *[VIDEO] * (rows * columns // 4), END]
+    data = {
+        "pixel_values_videos": np.stack([pixels for pixels, _ in frames]),
+        "pixel_position_ids_videos": np.stack([places for _, places in frames]),
+        "video_frame_counts": np.array(times),
+    }
+    return Piece(frame * times, "video", [token == VIDEO for token in frame] * times, data)
+
+
+def gemma4_audio() -> Piece:
+    """Sound whose last features are padding."""
+    features, valid = RNG.standard_normal((26, 128)).astype(np.float32), np.arange(26) < 21
+    marks = [START, *[AUDIO] * 6, END]
+    data = {"input_features_padded": features * valid[:, None].astype(np.float32), "input_features_mask": valid}
+    return Piece(marks, "audio", [token == AUDIO for token in marks], data)
+
+
+CASES = {
+    "qwen2_5_vl": Case(qwen_image, qwen2_5_video),
+    "qwen3_vl": Case(qwen_image, qwen3_video),
+    "qwen3_5": Case(qwen_image, qwen3_video),
+    "gemma3": Case(gemma_image),
+    "gemma4": Case(
+        gemma4_image, gemma4_video, gemma4_audio,
+        joined={"pixel_values_videos", "pixel_position_ids_videos"},
+        renamed={
+            "pixel_position_ids": "image_position_ids", "pixel_position_ids_videos": "video_position_ids",
+            "video_frame_counts": "num_frames_per_video", "input_features_padded": "input_features",
         },
-        "vision_config": {
-            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": 16, "patch_size": 2, "layer_norm_eps": 1e-6,
-        },
-        "vocab_size": 128, "mm_tokens_per_image": 16, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END,
-    },
-    gemma_image,
-)  # fmt: skip
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -188,26 +176,27 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Famil
     def make(name: str) -> Family:
         if name not in known:
             known.clear()  # one at a time in memory
-            known[name] = _make(CASES[name], tmp_path_factory.mktemp(name))
+            known[name] = _make(name, tmp_path_factory.mktemp(name))
         return known[name]
 
     return make
 
 
-def _make(case: Case, path: Path) -> Family:
+def _make(name: str, path: Path) -> Family:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**case.config)
-    reference = getattr(transformers, case.architecture)(config).eval()
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    reference = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config)).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
             noise = torch.randn_like(parameter)
             scaled = 0.2 * noise if parameter.ndim < 2 else noise * (1.5 / parameter[0].numel() ** 0.5)
             parameter.copy_(parameter + scaled if parameter.ndim < 2 else scaled)
+        reference.get_output_embeddings().weight[TEXT_TOKENS:] = 0  # so that no mark is generated
     reference.save_pretrained(path)
     config = read_config(path)
     assert has_towers(config)
-    return Family(case, reference, load(path), load_towers(path, config), path)
+    return Family(CASES[name], reference, load(path), load_towers(path, config), path)
 
 
 def expected(family: Family, prompt: Prompt) -> tuple[list[int], np.ndarray]:
@@ -215,29 +204,42 @@ def expected(family: Family, prompt: Prompt) -> tuple[list[int], np.ndarray]:
     tokens, rows = list(prompt.tokens), []
     for _ in range(NEW_TOKENS):
         with torch.no_grad():
-            inputs = reference_inputs(tokens, prompt.items)
-            if family.case.architecture == "Qwen2_5_VLForConditionalGeneration":
+            inputs = reference_inputs(family.case, tokens, prompt.items)
+            if family.case.video is qwen2_5_video:
                 # transformers 5 lets the text after a video start within it; vLLM does not.
                 found, delta = family.towers.rope_positions(np.array(prompt.tokens, np.int32), prompt.items)
                 later = np.arange(len(prompt.tokens), len(tokens), dtype=np.int32) + delta
                 where = np.concatenate([found, np.broadcast_to(later, (3, len(later)))], axis=1)
                 inputs["position_ids"] = torch.from_numpy(where[:, None].astype(np.int64))
+            encode_frames(family.reference, inputs)
             logits = family.reference(**inputs).logits[0, -1]
         rows.append(torch.log_softmax(logits.float(), -1).numpy())
         tokens.append(int(logits.argmax()))
     return tokens[len(prompt.tokens) :], np.stack(rows)
 
 
-def reference_inputs(tokens: Sequence[int], items: Sequence[MultimodalItem]) -> dict[str, Any]:
-    kinds = {IMAGE: 1, VIDEO: 2}
+def encode_frames(reference: Any, inputs: dict[str, Any]) -> None:
+    """Replace frames by what the encoder makes of them, where transformers 5.19 forgets to count them itself."""
+    if "num_frames_per_video" not in inputs:
+        return
+    names = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
+    encoded = {"video": reference.model.get_video_features(**{name: inputs.pop(name) for name in names})}
+    if "pixel_values" in inputs:
+        names = ("pixel_values", "image_position_ids")
+        encoded["image"] = reference.model.get_image_features(**{name: inputs.pop(name) for name in names})
+    inputs["mm_encoder_outputs"] = encoded
+
+
+def reference_inputs(case: Case, tokens: Sequence[int], items: Sequence[MultimodalItem]) -> dict[str, Any]:
+    kinds = {IMAGE: 1, VIDEO: 2, AUDIO: 3}
     inputs = {"input_ids": torch.tensor([tokens])}
     inputs["mm_token_type_ids"] = torch.tensor([[kinds.get(token, 0) for token in tokens]])
     inputs["token_type_ids"] = inputs["mm_token_type_ids"]
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for name in dict.fromkeys(name for item in items for name in item.data):
         arrays = [item.data[name] for item in items if name in item.data]
-        joined = np.concatenate(arrays) if name.startswith("pixel_values") else np.stack(arrays)
-        inputs[name] = torch.from_numpy(joined)
+        joined = np.concatenate(arrays) if name in case.joined else np.stack(arrays)
+        inputs[case.renamed.get(name, name)] = torch.from_numpy(joined)
     return inputs
 
 
@@ -355,6 +357,8 @@ def test_inputs_at_any_place_beside_text(name: str, family_of: Callable[[str], F
     ]
     if family.case.video is not None:
         prompts.append(prompt(text(2), family.case.video(3, 4, 4), text(2), image(4, 4), text(3)))
+    if family.case.audio is not None:
+        prompts.append(prompt(text(3), family.case.audio(), text(4), image(4, 4), family.case.audio(), text(2)))
     server = serving(lab, family)
     requests = [server.ask(prompt) for prompt in prompts]
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=5)
@@ -366,13 +370,14 @@ def test_a_prefix_that_ends_within_an_image_is_shared(
     name: str, family_of: Callable[[str], Family], lab: SimpleNamespace
 ) -> None:
     family = family_of(name)
-    image = family.case.image(8, 8)
-    first = prompt(text(3), image, text(4))
-    second = Prompt(first.tokens[:-2] + text(5).tokens, first.items)
     server = serving(lab, family)
+    block_size = max(group.block_size for group in server.groups)
+    shared = -(-6 // block_size) * block_size
+    first = prompt(text(shared - 5), family.case.image(8, 4), text(4))
+    second = Prompt(first.tokens[:-2] + text(5).tokens, first.items)
     requests = [server.ask(first)]
-    server.step([(requests[0], len(first.tokens))])
-    shared = max(group.block_size for group in server.groups)
+    server.step([(requests[0], shared)])
+    server.step([(requests[0], len(first.tokens) - requests[0].computed)])
     requests.append(server.ask(second, shares=requests[0], shared_tokens=shared))
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
     check(family, requests, [first, second])

@@ -29,9 +29,15 @@ def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters")
+    found = _rope(config.get("rope_parameters")) | _full_layers(config)
+    missing = {name: value for name, value in found.items() if value is not None and config.get(name) is None}
+    return {**config, **missing}
+
+
+def _rope(rope: Any) -> dict[str, Any]:
+    """Return the old names of ``rope_parameters``."""
     if not isinstance(rope, dict):
-        return dict(config)
+        return {}
     found: dict[str, Any] = {}
     local = rope.get("sliding_attention")
     if isinstance(local, dict):  # by kind of layer
@@ -41,5 +47,14 @@ def _named(config: dict[str, Any]) -> dict[str, Any]:
     found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = {"type": rope["rope_type"], **rope}
-    missing = {name: value for name, value in found.items() if value is not None and config.get(name) is None}
-    return {**config, **missing}
+    return found
+
+
+def _full_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the old names of what ``per_layer_config`` says of layers without a window."""
+    if not isinstance(config.get("per_layer_config"), dict):
+        return {}
+    kinds = config.get("layer_types") or []
+    own = (values for index, values in config["per_layer_config"].items() if kinds[int(index)] == "full_attention")
+    full = {"head_dim": config.get("head_dim"), **next(own, {})}
+    return {"global_head_dim": full["head_dim"], "num_global_key_value_heads": full.get("num_key_value_heads")}

@@ -145,10 +145,12 @@ class RowInputs:
         rows[self._rows] = self._parts[0].astype(out.dtype)
         return rows.reshape(out.shape)
 
-    def after_layer(self, index: int, out: mx.array) -> mx.array:
-        """Return a layer's output with what the step adds to some rows after it."""
+    def after_layer(self, index: int, out: Any) -> Any:
+        """Return a layer's output with what the step adds to some rows after it; hidden rows come first in it."""
         if self._rows is None or index + 1 >= len(self._parts):
             return out
+        if isinstance(out, tuple):
+            return self.after_layer(index, out[0]), *out[1:]
         rows = out.reshape(-1, out.shape[-1])
         return rows.at[self._rows].add(self._parts[index + 1].astype(out.dtype)).reshape(out.shape)
 

@@ -17,7 +17,10 @@ from metal_models.multimodal.towers import Towers
 # ``model_type`` -> module in ``families`` whose ``Family`` encodes for it.
 _FAMILIES = {
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
     "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_5": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
 }
@@ -30,10 +33,12 @@ class TowerVerdict:
     Attributes:
         modalities: What it takes: of ``image``, ``video`` and ``audio``.
         reason: One clause saying why it takes none.
+        whole_items: Whether a step has to hold an item's rows together: see ``Towers.spans``.
     """
 
     modalities: frozenset[str]
     reason: str | None = None
+    whole_items: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.modalities)
@@ -49,7 +54,7 @@ def has_towers(config: dict[str, Any]) -> TowerVerdict:
         return TowerVerdict(frozenset(), "its config.json describes no encoder")
     if not installed():
         return TowerVerdict(frozenset(), "mlx-vlm is not installed (metal-models[multimodal])")
-    return TowerVerdict(modalities)
+    return TowerVerdict(modalities, whole_items=bool(family.bidirectional_of(config)))
 
 
 def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | None = None) -> Towers:

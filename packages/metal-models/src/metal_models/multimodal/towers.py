@@ -13,6 +13,13 @@ from mlx.utils import tree_flatten
 from metal_models.errors import MetalModelsError
 from metal_models.multimodal.item import MultimodalItem
 
+# For mlx-vlm's language models that are made beside towers, never evaluated and dropped.
+SMALL_TEXT: dict[str, Any] = {
+    "model_type": "text", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "max_position_embeddings": 8, "rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]},
+}  # fmt: skip
+
 
 class Towers(ABC):
     """The encoders of one model, with what maps their output into its embedding space.
@@ -29,11 +36,11 @@ class Towers(ABC):
 
     package: ClassVar[str]
     part_names: ClassVar[tuple[str, ...]]
-    bidirectional: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
         self.parts: dict[str, Any] = dict(parts)
         self.config = config
+        self.bidirectional = self.bidirectional_of(config)
         arrays: Any = tree_flatten([part.parameters() for part in self.parts.values()])
         self.nbytes = sum(array.nbytes for _, array in arrays)
         self.dtype: mx.Dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
@@ -56,6 +63,12 @@ class Towers(ABC):
     @abstractmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
         """Return what a model of this family takes: of ``image``, ``video`` and ``audio``."""
+
+    @classmethod
+    def bidirectional_of(cls, config: dict[str, Any]) -> frozenset[str]:
+        """Return the kinds of items whose embeddings see each other."""
+        del config
+        return frozenset()
 
     @property
     def modalities(self) -> frozenset[str]:

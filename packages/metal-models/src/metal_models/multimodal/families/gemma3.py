@@ -14,7 +14,6 @@ class Family(Towers):
 
     package = "gemma3"
     part_names = ("vision_tower", "multi_modal_projector")
-    bidirectional = frozenset({"image"})
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +33,11 @@ class Family(Towers):
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
         """Return images, for the sizes that have a tower."""
         return frozenset({"image"}) if config.get("vision_config") else frozenset()
+
+    @classmethod
+    def bidirectional_of(cls, config: dict[str, Any]) -> frozenset[str]:
+        """Return images."""
+        return cls.modalities_of(config)
 
     def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
         """Return the rows of all crops, the whole image first."""

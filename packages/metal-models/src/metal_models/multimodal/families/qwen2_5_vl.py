@@ -9,7 +9,7 @@ from jaxtyping import Float, Int32
 
 from metal_models.multimodal.item import MultimodalItem
 from metal_models.multimodal.rope_grid import Grid, grid_positions
-from metal_models.multimodal.towers import Towers
+from metal_models.multimodal.towers import SMALL_TEXT, Towers
 
 _FIELDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -22,8 +22,14 @@ class Family(Towers):
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the config with the one name that mlx-vlm's tower accepts."""
-        return config | {"vision_config": config["vision_config"] | {"model_type": cls.package}}
+        """Return a config of the tower alone, with the one name that mlx-vlm accepts."""
+        vision = config["vision_config"] | {"model_type": cls.package}
+        return {"model_type": cls.package, "vision_config": vision, "text_config": SMALL_TEXT}
+
+    @classmethod
+    def tensor_name(cls, name: str) -> str | None:
+        """Return the name under which mlx-vlm has what older checkpoints keep at the top."""
+        return name.replace("visual.", "vision_tower.", 1) if name.startswith("visual.") else name
 
     @classmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
