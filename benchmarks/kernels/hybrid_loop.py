@@ -204,6 +204,8 @@ def run_model(name: str, options: argparse.Namespace) -> None:
         for label, model in (("fused", fused), ("plain", plain)):
             if label == "fused" or options.plain:
                 loop = HybridLoop(model, reqs, options.context, STEPS_IN_ALL)
+                tokens_per_second(loop, reqs)  # compiles what the next ones use
+                loop.seq_lens = np.full(reqs, options.context, np.int32)
                 print(f"{name} {reqs} x {options.context}: {label} {tokens_per_second(loop, reqs)}", flush=True)
                 del loop
         if options.mlx_lm:

@@ -14,11 +14,15 @@ from metal_kernels.decode_attention import decode_attention
 from metal_kernels.decode_plan import DecodePlan, DecodeSizes, pack_decode, plan_decode
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
+from metal_kernels.experts import choose_experts, expert_linear, expert_silu_and_mul
+from metal_kernels.fused_linear import fused_linear
 from metal_kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.gated_delta_rows import GatedDeltaRows, HeadPart
 from metal_kernels.gather_kv_cache import gather_kv_cache
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.paged_attention import paged_attention
+from metal_kernels.latent_decode import latent_decode, latent_rope_and_cache
+from metal_kernels.linear_weights import LinearWeights
 from metal_kernels.quantized_cache import (
     quantized_gather_kv_cache,
     quantized_paged_attention,
@@ -57,13 +61,19 @@ __all__ = [
     "pack_decode",
     "decode_attention",
     # one token of recurrent layers
+    "latent_decode",
     "GatedDeltaRows",
     "HeadPart",
     "gated_delta_decode",
     "short_conv_decode",
     # between the matmuls
+    # experts on few rows
+    "choose_experts",
+    "expert_silu_and_mul",
+    "expert_linear",
     "rope_and_cache",
     "add_rms_norm",
+    "latent_rope_and_cache",
     "silu_and_mul",
     # where it runs
     "target",

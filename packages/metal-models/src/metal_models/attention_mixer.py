@@ -1,22 +1,19 @@
 """Attention over keys and values, for steps of one row per request."""
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 
-from metal_kernels import DecodeSizes, decode_attention, kernels, pack_decode, rope_and_cache, target
-from metal_kv.attention_metadata import AttentionMetadata
+from metal_kernels import decode_attention, kernels, rope_and_cache, target
 from metal_kv.pool import LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear
-from metal_models.step_memory import MIN_ELEMENTS
-from metal_models.token_mixer import BoundMixer, Pages, StepRows, TokenMixer
+from metal_models.planned_mixer import PlanKey, PlannedMixer
+from metal_models.token_mixer import Pages, StepRows, TokenMixer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +51,7 @@ class AttentionMixer(TokenMixer):
         return BoundAttention(self, cache, Pages(cache, in_place=in_place))
 
 
-@dataclass(frozen=True)
-class _Key:
-    """What layers that share a plan have in common."""
-
-    group: int
-    window: int | None
-    simdgroups_per_range: int
-    block_size: int
-
-
-class BoundAttention(BoundMixer):
+class BoundAttention(PlannedMixer):
     """Attention over one layer's pages."""
 
     def __init__(self, mixer: AttentionMixer, cache: LayerCache, pages: Pages) -> None:
@@ -74,24 +61,12 @@ class BoundAttention(BoundMixer):
         window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
         decode = _variant(pages.array, mixer.q_heads)
         per_head = decode.variant.parts * decode.variant.simdgroups if isinstance(decode, kernels.Accepted) else 1
-        self._group_key = _Key(cache.group, window, shape[3] * per_head, shape[2])
-        self.key = self._group_key
-
-    def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
-        """Return the plan's sizes; slots, then the plan."""
-        key = self._group_key
-        group = metadata[key.group]
-        slots = np.full(max(MIN_ELEMENTS, reqs), -1, np.int32)
-        slots[: group.batch.num_reqs] = np.asarray(group.slot_mapping)
-        sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
-        return sizes, np.concatenate([slots, plan])
+        self.key = PlanKey(cache.group, window, shape[3] * per_head, shape[2])
 
     def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
         """Rotate and write keys and values, attend, project."""
         mixer, tokens = self._mixer, rows.shape[0]
-        sizes, packed = step.parts[self.key]
-        slots = max(MIN_ELEMENTS, tokens)
-        plan = step.once(self.key, lambda: _unpacked(sizes, packed, slots))
+        slots, plan = self.slots_and_plan(step, tokens)
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
         qkv = mixer.qkv(rows)
         norms: dict[str, Any] = {}
@@ -101,7 +76,7 @@ class BoundAttention(BoundMixer):
         traditional = mixer.rotation.traditional
         query = self._pages.rewrite(
             lambda pages: rope_and_cache(
-                qkv, cos_sin, pages, packed[:slots], traditional=traditional, gated=mixer.gated, **norms
+                qkv, cos_sin, pages, slots, traditional=traditional, gated=mixer.gated, **norms
             )
         )
         attended = decode_attention(query, self._pages.array, plan, scale=mixer.scale)
@@ -109,10 +84,6 @@ class BoundAttention(BoundMixer):
             gated = qkv[:, : 2 * attended.size // tokens].reshape(tokens, mixer.q_heads, 2, -1)
             attended = attended * mx.sigmoid(gated[:, :, 1])
         return mixer.output(attended.reshape(tokens, -1))
-
-
-def _unpacked(sizes: DecodeSizes, packed: mx.array, slots: int) -> Any:
-    return sizes.unpack(packed[slots : slots + sum(sizes.elements)])
 
 
 def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:

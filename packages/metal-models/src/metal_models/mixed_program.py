@@ -67,6 +67,13 @@ class MixedProgram:
         return rows
 
 
+def feed_forward_possible(module: Any) -> bool:
+    """Whether a dense part with the usual names can be joined; experts run on their own module where not."""
+    if not hasattr(module, "gate_proj"):
+        return True
+    return GatedFeedForward.possible(module.gate_proj, module.up_proj, module.down_proj)
+
+
 class GatedFeedForward:
     """A feed-forward part gated by a SiLU.
 

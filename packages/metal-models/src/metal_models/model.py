@@ -13,11 +13,15 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec
 from metal_models.cache_view import Step
+from metal_models.decode_families import mixed_program
 from metal_models.decode_program import decode_program
 from metal_models.decode_step import DecodeStep, decode_step
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
 from metal_models.lora import LoraLayers
+from metal_models.mixed_program import MixedProgram
+from metal_models.mixed_step import MixedStep, mixed_step
+from metal_models.quantized_heads import speed_up_heads
 from metal_models.registry import architecture_of
 from metal_models.row_inputs import RowEmbeddings, RowInputs, rope_sections
 from metal_models.row_projections import multiply_rows_together
@@ -34,6 +38,8 @@ class PagedModel:
         fused_decode: Whether steps of one row per request run as a compiled program of fused kernels, where the model
             and the device have one; else everything runs on the model's own modules.
         mla_kernel: Whether latent attention may use the GPU kernel; else it is plain MLX over gathered rows.
+        gdn_kernel: Whether decode steps of gated delta nets may use the GPU kernel; else they run on the model's own
+            modules.
 
     Attributes:
         module: The model.
@@ -49,7 +55,13 @@ class PagedModel:
     """
 
     def __init__(
-        self, module: nn.Module, config: dict[str, Any], *, fused_decode: bool = True, mla_kernel: bool = True
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        *,
+        fused_decode: bool = True,
+        mla_kernel: bool = True,
+        gdn_kernel: bool = True,
     ) -> None:
         self.module = module
         self.config = config
@@ -60,8 +72,12 @@ class PagedModel:
         self.hidden_size = self._trace.hidden_size
         self.dtype = self._trace.dtype
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
-        self._program = decode_program(module) if fused_decode and target() != "cpu" else None
-        self._decode_step: DecodeStep | None = None
+        fused_decode = fused_decode and target() != "cpu"
+        self._program = decode_program(module) if fused_decode else None
+        self._mixed_program: MixedProgram | None = None
+        if fused_decode and self._program is None:
+            self._mixed_program = mixed_program(module, gdn_kernel=gdn_kernel, mla_kernel=mla_kernel)
+        self._decode_step: DecodeStep | MixedStep | None = None
         self.lora = LoraLayers(module, self.dtype)
         self._row_inputs = RowInputs(module, self.hidden_size, rope_sections(config))
         self._mla_kernel = mla_kernel
@@ -128,7 +144,10 @@ class PagedModel:
         """Make one view per cache of the model, over the layers of ``pool``."""
         self._step = Step(self._mla_kernel)
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
-        self._decode_step = decode_step(self._program, [f"{name}.attn" for name in self._trace.layers], pool)
+        names = list(self._trace.layers)
+        self._decode_step = decode_step(self._program, [f"{name}.attn" for name in names], pool)
+        if self._decode_step is None:
+            self._decode_step = mixed_step(self._mixed_program, names, pool)
         self._pool = pool
 
 

@@ -53,16 +53,17 @@ class RecurrentMixer(TokenMixer):
 class BoundRecurrence(BoundMixer):
     """A recurrence over one layer's states."""
 
+    key: _Key
+
     def __init__(self, mixer: RecurrentMixer, cache: LayerCache, pages: Pages) -> None:
         self._mixer = mixer
         self._pages = pages
-        self._group_key = _Key(cache.group, cache.spec.block_size)
-        self.key = self._group_key
+        self.key = _Key(cache.group, cache.spec.block_size)
 
     def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
         """Return no sizes; the blocks that states are read from, then those that they go to."""
-        batch = metadata[self._group_key.group].batch
-        blocks = state_blocks(batch, self._group_key.block_size)
+        batch = metadata[self.key.group].batch
+        blocks = state_blocks(batch, self.key.block_size)
         packed = np.zeros((2, max(_MIN_SLOTS, reqs)), np.int32)
         packed[0, : batch.num_reqs], packed[1, : batch.num_reqs] = blocks.before, blocks.after
         return None, packed.reshape(-1)

@@ -9,6 +9,7 @@ from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
     DecodeVariant,
+    ExpertVariant,
     GatedDeltaVariant,
     GatheredPrefill,
     LatentVariant,
@@ -19,6 +20,7 @@ from metal_kernels.kernels.dispatch import (
     Rejected,
     decode_kernel,
     gated_delta_kernel,
+    expert_kernel,
     gathered_prefill,
     mla_decode_kernel,
     page_kernels,
@@ -27,10 +29,14 @@ from metal_kernels.kernels.dispatch import (
     quantized_write_kernel,
     row_kernels,
     short_conv_kernel,
+    routing_kernel,
 )
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.mla_decode import mla_decode
+from metal_kernels.kernels.experts import choose_experts, expert_linear, expert_silu_and_mul
+from metal_kernels.kernels.fused_linear import fused_linear
 from metal_kernels.kernels.mla_step import mla_attention
+from metal_kernels.kernels.latent_rope_and_cache import latent_rope_and_cache
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode
 from metal_kernels.kernels.prefill import prefill
@@ -50,6 +56,7 @@ __all__ = [
     "DecodeVariant",
     "GatedDeltaVariant",
     "GatheredPrefill",
+    "ExpertVariant",
     "LatentVariant",
     "PrefillVariant",
     "PrefillWork",
@@ -60,13 +67,20 @@ __all__ = [
     "copy_blocks",
     "decode_kernel",
     "gated_delta_decode",
+    "choose_experts",
     "gated_delta_kernel",
     "gather_blocks",
+    "expert_kernel",
+    "expert_linear",
+    "expert_silu_and_mul",
+    "fused_linear",
     "gathered_prefill",
     "gather_states",
     "mla_attention",
     "mla_decode",
     "mla_decode_kernel",
+    "linear_kernel",
+    "latent_rope_and_cache",
     "move_pages",
     "move_states",
     "own_pages",
@@ -87,6 +101,7 @@ __all__ = [
     "row_kernels",
     "short_conv_decode",
     "short_conv_kernel",
+    "routing_kernel",
     "silu_and_mul",
     "scatter_states",
     "writes_in_place",

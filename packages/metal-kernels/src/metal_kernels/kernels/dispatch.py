@@ -24,6 +24,8 @@ _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put
 _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
 _MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
+_MAX_EXPERTS = 1024
+_MAX_EXPERT_ROWS = 64
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
 # What prefill costs on an H200, in microseconds and operations per microsecond: benchmarks/kernels/prefill_check.py.
@@ -134,6 +136,19 @@ class LatentVariant:
 @dataclass(frozen=True)
 class GatedDeltaVariant:
     """How one token of a gated delta net is laid out.
+
+@dataclass(frozen=True)
+class ExpertVariant:
+    """How linear layers of experts are laid out.
+
+    Args:
+        rows: Rows of the weight that a SIMD-group takes.
+        simdgroups: SIMD-groups of a threadgroup.
+    """
+
+    rows: int
+    simdgroups: int
+
 
     Args:
         simdgroups: SIMD-groups of a threadgroup, which has a key head: each takes 4 rows of its memory at a time.
@@ -322,6 +337,33 @@ def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) ->
     """Decide on one token of a gated short convolution of ``width`` channels."""
     if target == "cpu":
         return Rejected("the default device is a CPU")
+def routing_kernel(target: Target, dtype: mx.Dtype, experts: int) -> Accepted[RowKernels] | Rejected:
+    """Decide on the kernel that chooses among so many experts."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"logits are {dtype}; kernels know float16, bfloat16 and float32")
+    if not _MIN_CHANNELS <= experts <= _MAX_EXPERTS:
+        return Rejected(f"{experts} experts; a SIMD-group holds {_MIN_CHANNELS} to {_MAX_EXPERTS} logits")
+    return Accepted(RowKernels())
+
+
+def expert_kernel(
+    target: Target, dtype: mx.Dtype, weight_dtype: mx.Dtype, shape: tuple[int, ...], tokens: int
+) -> Accepted[ExpertVariant] | Rejected:
+    """Decide on the kernel for weights of ``shape`` ``[experts, output, input]`` and a step of ``tokens`` rows."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES or weight_dtype != dtype:
+        return Rejected(f"rows are {dtype}, weights {weight_dtype}; the kernel takes both in one float type")
+    _, output, size = shape
+    if output % 2 or size % 8:
+        return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 2 and of 8")
+    if not 0 < tokens <= _MAX_EXPERT_ROWS:
+        return Rejected(f"{tokens} rows; for more than {_MAX_EXPERT_ROWS} matrix units are faster")
+    return Accepted(ExpertVariant(rows=2, simdgroups=4))
+
+
     if dtype not in FLOAT_DTYPES:
         return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
     if taps < 2 or (taps - 1) * width * dtype.size % 4 or width < _MIN_CHANNELS:

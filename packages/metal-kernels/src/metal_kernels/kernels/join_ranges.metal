@@ -15,5 +15,5 @@ for (int i = int(thread_position_in_threadgroup.x); i < HEAD_SIZE; i += THREADS)
     total += weight * partial_stats[at * 2 + 1];
     value += weight * partial_out[at * HEAD_SIZE + i];
   }
-  out[(long(row) * Q_HEADS + head) * HEAD_SIZE + i] = from_f32<T>(total > 0.0f ? value / total : 0.0f);
+  out[(long(row) * ROW_STEP + head * HEAD_STEP) * HEAD_SIZE + i] = from_f32<T>(total > 0.0f ? value / total : 0.0f);
 }

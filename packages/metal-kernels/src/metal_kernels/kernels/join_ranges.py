@@ -18,7 +18,9 @@ def join_ranges(
     plan: DecodePlan,
     sinks: Float[mx.array, "q_heads"] | None,
     dtype: mx.Dtype,
-) -> Float[mx.array, "decodes q_heads head_size"]:
+    *,
+    heads_first: bool = False,
+) -> Float[mx.array, "decodes q_heads head_size"] | Float[mx.array, "q_heads decodes head_size"]:
     """Return the attention of each request of ``plan``.
 
     Args:
@@ -27,11 +29,12 @@ def join_ranges(
         plan: Which ranges are whose.
         sinks: Extra logit per query head.
         dtype: Of the result.
+        heads_first: Whether heads are the first axis of the result.
     """
     _, q_heads, head_size = weighted.shape
     (out,) = _KERNEL(
         [weighted, stats, plan.ranges, constants(0.0) if sinks is None else sinks.astype(mx.float32)],
-        [((plan.num_reqs, q_heads, head_size), dtype)],
+        [((q_heads, plan.num_reqs, head_size) if heads_first else (plan.num_reqs, q_heads, head_size), dtype)],
         threadgroups=(plan.num_reqs * q_heads, 1),
         threads=_THREADS,
         template={
@@ -40,6 +43,8 @@ def join_ranges(
             "Q_HEADS": q_heads,
             "THREADS": _THREADS,
             "SINKS": sinks is not None,
+            "ROW_STEP": 1 if heads_first else q_heads,
+            "HEAD_STEP": plan.num_reqs if heads_first else 1,
         },
     )
     return out

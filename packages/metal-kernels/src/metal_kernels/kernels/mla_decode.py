@@ -28,7 +28,8 @@ def mla_decode(
     *,
     scale: float,
     order_token: mx.array | None = None,
-) -> Float[mx.array, "decodes q_heads latent_size"]:
+    heads_first: bool = False,
+) -> Float[mx.array, "decodes q_heads latent_size"] | Float[mx.array, "q_heads decodes latent_size"]:
     """Attend the rows of the plan's requests, in its order; see :func:`metal_kernels.mla_attention`.
 
     Args:
@@ -39,6 +40,7 @@ def mla_decode(
         variant: From :func:`metal_kernels.kernels.mla_decode_kernel`.
         scale: Factor on the scores.
         order_token: Of the last write.
+        heads_first: Whether heads are the first axis of the result.
     """
     q_heads, latent_size = query_latent.shape[1:]
     partial = (plan.num_ranges, q_heads)
@@ -65,4 +67,4 @@ def mla_decode(
             "SIMDGROUPS": variant.simdgroups,
         },
     )
-    return join_ranges(weighted, stats, plan, None, query_latent.dtype)
+    return join_ranges(weighted, stats, plan, None, query_latent.dtype, heads_first=heads_first)

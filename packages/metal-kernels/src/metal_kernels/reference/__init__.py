@@ -8,8 +8,15 @@ the old array at once, keep no view of it, and evaluate a step before building t
 from metal_kernels.reference.attention import paged_attention
 from metal_kernels.reference.cache import copy_blocks, gather_kv_cache, reshape_and_cache
 from metal_kernels.reference.decode import decode_attention
+from metal_kernels.reference.experts import choose_experts, expert_linear, expert_silu_and_mul
 from metal_kernels.reference.fused import add_rms_norm, rope_and_cache, silu_and_mul
-from metal_kernels.reference.latent import concat_and_cache_mla, mla_attention
+from metal_kernels.reference.latent import (
+    concat_and_cache_mla,
+    latent_decode,
+    latent_rope_and_cache,
+    mla_attention,
+)
+from metal_kernels.reference.linear import fused_linear
 from metal_kernels.reference.quantized import (
     quantized_gather_kv_cache,
     quantized_paged_attention,
@@ -19,11 +26,17 @@ from metal_kernels.reference.recurrent import gated_delta_decode, short_conv_dec
 
 __all__ = [
     "add_rms_norm",
+    "choose_experts",
     "concat_and_cache_mla",
     "copy_blocks",
     "decode_attention",
+    "expert_linear",
+    "expert_silu_and_mul",
+    "fused_linear",
     "gated_delta_decode",
     "gather_kv_cache",
+    "latent_decode",
+    "latent_rope_and_cache",
     "mla_attention",
     "paged_attention",
     "quantized_gather_kv_cache",

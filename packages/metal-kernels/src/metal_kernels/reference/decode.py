@@ -1,8 +1,10 @@
 """Attention of planned decode rows with plain MLX operations."""
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from metal_kernels.decode_plan import DecodePlan
 
@@ -21,18 +23,23 @@ def decode_attention(
 
     Reads the plan back to the host and takes the requests one by one.
     """
-    table, work = np.asarray(plan.block_table), np.asarray(plan.work).reshape(-1, 4)
-    ranges = np.asarray(plan.ranges)[: 2 * plan.num_reqs].reshape(-1, 2)
     outputs = []
-    for first, count in ranges.tolist():
-        parts = work[first : first + count]
-        slots = [_slots(table[start:], begin, end, kv_cache.shape[2]) for _, start, begin, end in parts.tolist()]
-        keys = np.concatenate([np.zeros(0, np.int32), *slots])
-        if keys.size:
-            outputs.append(_attend(query[int(parts[0, 0])], kv_cache, keys, scale, soft_cap, sinks))
+    for row, slots in planned_slots(plan, kv_cache.shape[2]):
+        if slots.size:
+            outputs.append(_attend(query[row], kv_cache, slots, scale, soft_cap, sinks))
         else:
             outputs.append(mx.zeros(query.shape[1:], query.dtype))
     return mx.stack(outputs)
+
+
+def planned_slots(plan: DecodePlan, block_size: int) -> Iterator[tuple[int, Int32[np.ndarray, "keys"]]]:
+    """Yield each request's row of the query, 0 if it sees no keys, and the slots of the keys that it sees."""
+    table, work = np.asarray(plan.block_table), np.asarray(plan.work).reshape(-1, 4)
+    ranges = np.asarray(plan.ranges)[: 2 * plan.num_reqs].reshape(-1, 2)
+    for first, count in ranges.tolist():
+        parts = work[first : first + count].tolist()
+        slots = [_slots(table[start:], begin, end, block_size) for _, start, begin, end in parts]
+        yield parts[0][0] if parts else 0, np.concatenate([np.zeros(0, np.int32), *slots]).astype(np.int32)
 
 
 def _slots(table: np.ndarray, begin: int, end: int, block_size: int) -> np.ndarray:

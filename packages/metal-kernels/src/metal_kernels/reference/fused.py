@@ -44,14 +44,14 @@ def rope_and_cache(
         query = query[:, ::2]
     if q_norm is not None and k_norm is not None:
         query, key = mx.fast.rms_norm(query, q_norm, eps), mx.fast.rms_norm(key, k_norm, eps)
-    query, key = (_rotate(heads, cos_sin, traditional) for heads in (query, key))
+    query, key = (rotate(heads, cos_sin, traditional) for heads in (query, key))
     written, _ = reshape_and_cache(
         key.astype(kv_cache.dtype), value.astype(kv_cache.dtype), kv_cache, slot_mapping[:tokens]
     )
     return query, written
 
 
-def _rotate(heads: mx.array, cos_sin: mx.array, traditional: bool) -> mx.array:
+def rotate(heads: mx.array, cos_sin: mx.array, traditional: bool) -> mx.array:
     """Rotate pairs of the first elements of ``[tokens, heads, head_size]``, in float32."""
     size = cos_sin.shape[1]
     cosine, sine = mx.split(cos_sin[:, None], 2, axis=-1)

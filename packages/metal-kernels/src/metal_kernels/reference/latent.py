@@ -4,8 +4,11 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
 
+from metal_kernels.decode_plan import DecodePlan
 from metal_kernels.device import target
 from metal_kernels.ragged import RaggedBatch
+from metal_kernels.reference.decode import planned_slots
+from metal_kernels.reference.fused import rotate
 from metal_kernels.reference.plan import plan_attention
 
 
@@ -73,3 +76,55 @@ def mla_attention(
     if plan.restore is not None:
         joined = joined[plan.restore]
     return joined.astype(query_latent.dtype)
+
+
+def latent_rope_and_cache(
+    query: Float[mx.array, "tokens query_size"],
+    latent: Float[mx.array, "tokens row_size"],
+    cos_sin: Float[mx.array, "tokens rope_size"],
+    kv_cache: Float[mx.array, "blocks block_size row_size"],
+    slot_mapping: Int32[mx.array, "slots"],
+    *,
+    q_heads: int,
+    norm: Float[mx.array, "latent_size"],
+    eps: float,
+    traditional: bool = False,
+) -> tuple[
+    Float[mx.array, "q_heads tokens nope_size"],
+    Float[mx.array, "tokens q_heads rope_size"],
+    Float[mx.array, "blocks block_size row_size"],
+]:
+    """Rotate and write rows; see :func:`metal_kernels.latent_rope_and_cache`."""
+    tokens, rope_size = cos_sin.shape
+    heads = query.reshape(tokens, q_heads, -1)
+    nope, rope = mx.split(heads, [heads.shape[2] - rope_size], axis=2)
+    rows, key = mx.split(latent, [latent.shape[1] - rope_size], axis=1)
+    rows = mx.fast.rms_norm(rows, norm, eps).astype(kv_cache.dtype)
+    key = rotate(key[:, None], cos_sin, traditional)[:, 0].astype(kv_cache.dtype)
+    written, _ = concat_and_cache_mla(rows, key, kv_cache, slot_mapping[:tokens])
+    return nope.swapaxes(0, 1), rotate(rope, cos_sin, traditional), written
+
+
+def latent_decode(
+    query_latent: Float[mx.array, "tokens q_heads latent_size"],
+    query_rope: Float[mx.array, "tokens q_heads rope_size"],
+    kv_cache: Float[mx.array, "blocks block_size row_size"],
+    plan: DecodePlan,
+    *,
+    scale: float,
+    order_token: mx.array | None = None,
+) -> Float[mx.array, "q_heads tokens latent_size"]:
+    """Attend planned rows; see :func:`metal_kernels.latent_decode`. Reads the plan back to the host."""
+    del order_token
+    block_size, row_size = kv_cache.shape[1:]
+    cached = kv_cache.reshape(-1, row_size)
+    query = mx.concatenate([query_latent, query_rope], axis=-1).astype(mx.float32)
+    outputs = []
+    for row, slots in planned_slots(plan, block_size):
+        if slots.size == 0:
+            outputs.append(mx.zeros(query_latent.shape[1:], mx.float32))
+            continue
+        keys = cached[mx.array(slots)].astype(mx.float32)
+        weights = mx.softmax(query[row] @ keys.T * scale, axis=-1)
+        outputs.append(weights @ keys[:, : query_latent.shape[2]])
+    return mx.stack(outputs, axis=1).astype(query_latent.dtype)

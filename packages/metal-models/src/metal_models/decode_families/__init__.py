@@ -5,12 +5,14 @@ from typing import Any
 
 import mlx.nn as nn
 
-from metal_models.decode_families import lfm2, qwen3_next
+from metal_models.decode_families import deepseek_v3, lfm2, qwen3_next
 from metal_models.head_split import backbone_path
 from metal_models.mixed_program import MixedProgram
 
 # Model file of mlx-lm that the backbone is of -> what makes its layers, or says by None that a module is not as usual.
 _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
+    "deepseek_v3": deepseek_v3.program,
+    "glm4_moe_lite": deepseek_v3.program,
     "lfm2": lfm2.program,
     "lfm2_moe": lfm2.program,
     "qwen3_5": qwen3_next.program,
@@ -19,9 +21,10 @@ _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
 
 # Families whose program needs a kernel that users can switch off.
 _GATED_DELTA = {"qwen3_5", "qwen3_next"}
+_LATENT = {"deepseek_v3", "glm4_moe_lite"}
 
 
-def mixed_program(model: nn.Module, *, gdn_kernel: bool = True) -> MixedProgram | None:
+def mixed_program(model: nn.Module, *, gdn_kernel: bool = True, mla_kernel: bool = True) -> MixedProgram | None:
     """Return the decode program of ``model``; None if its family has none or a module is not as its family's are.
 
     Joins linear layers in place; the model computes as before.
@@ -29,6 +32,7 @@ def mixed_program(model: nn.Module, *, gdn_kernel: bool = True) -> MixedProgram 
     Args:
         model: The model.
         gdn_kernel: Whether gated delta nets may use their kernel.
+        mla_kernel: Whether latent attention may use its kernel.
     """
     backbone: Any = model
     for name in backbone_path(model):
@@ -36,6 +40,6 @@ def mixed_program(model: nn.Module, *, gdn_kernel: bool = True) -> MixedProgram 
     package, _, file = type(backbone).__module__.rpartition(".")
     if package != "mlx_lm.models" or file not in _FAMILIES or not backbone.layers:
         return None
-    if file in _GATED_DELTA and not gdn_kernel:
+    if (file in _GATED_DELTA and not gdn_kernel) or (file in _LATENT and not mla_kernel):
         return None
     return _FAMILIES[file](backbone)

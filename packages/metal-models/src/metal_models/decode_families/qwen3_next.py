@@ -1,15 +1,17 @@
 """Qwen3-Next and Qwen3.5: gated delta nets with some layers of gated attention, dense or with experts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from metal_kernels import GatedDeltaRows, HeadPart
+from metal_kernels import GatedDeltaRows, HeadPart, choose_experts
 from metal_models.attention_mixer import AttentionMixer
 from metal_models.decode_program import Rotation, find_rotations
+from metal_models.expert_feed_forward import ExpertFeedForward
 from metal_models.joined_linear import JoinedLinear
 from metal_models.joined_rows import JoinedRows
-from metal_models.mixed_program import GatedFeedForward, MixedLayer, MixedProgram
+from metal_models.mixed_program import GatedFeedForward, MixedLayer, MixedProgram, feed_forward_possible
 from metal_models.recurrent_mixer import GatedDeltaMixer
 from metal_models.token_mixer import TokenMixer
 
@@ -28,16 +30,13 @@ def program(backbone: Any) -> MixedProgram | None:
             mixer = _delta_net(layer.linear_attn)
         else:
             mixer = _attention(layer.self_attn, rotation_of[id(layer.self_attn)])
-        feed_forward = layer.mlp
-        if hasattr(feed_forward, "gate_proj"):
-            feed_forward = GatedFeedForward(feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj)
-        layers.append(MixedLayer(mixer, layer.input_layernorm, feed_forward, layer.post_attention_layernorm))
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        layers.append(MixedLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
     return MixedProgram(backbone.embed_tokens, layers, backbone.norm)
 
 
 def _possible(layer: Any) -> bool:
-    mlp = layer.mlp
-    if hasattr(mlp, "gate_proj") and not GatedFeedForward.possible(mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+    if not feed_forward_possible(layer.mlp):
         return False
     if layer.is_linear:
         net = layer.linear_attn
@@ -45,6 +44,21 @@ def _possible(layer: Any) -> bool:
     attention = layer.self_attn
     heads = [attention.q_proj, attention.k_proj, attention.v_proj]
     return JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.o_proj])
+
+
+def _feed_forward(module: Any) -> Callable[[mx.array], mx.array]:
+    if hasattr(module, "gate_proj"):
+        return GatedFeedForward(module.gate_proj, module.up_proj, module.down_proj)
+    shared = module.shared_expert
+    if not ExpertFeedForward.possible(module) or not feed_forward_possible(shared):
+        plain: Callable[[mx.array], mx.array] = module
+        return plain
+    dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
+
+    def choose(rows: mx.array) -> tuple[mx.array, mx.array]:
+        return choose_experts(module.gate(rows), module.top_k, normalised=module.norm_topk_prob)
+
+    return ExpertFeedForward(module, choose, lambda rows: mx.sigmoid(module.shared_expert_gate(rows)) * dense(rows))
 
 
 def _attention(module: Any, rotation: Rotation) -> AttentionMixer:

@@ -1,0 +1,97 @@
+"""Feed-forward parts of experts, on the few rows of a decode step."""
+
+import mlx.core as mx
+from jaxtyping import Float, Int32
+
+from metal_kernels.kernels.dispatch import ExpertVariant
+from metal_kernels.kernels.source import PortableKernel, constants
+
+_INPUTS = ("rows_in", "weight_in", "up_in", "experts_in", "scores_in")
+_EXPERTS = PortableKernel("expert_linear", _INPUTS, ("out",), "expert_linear.metal", contiguous=True)
+_CHOOSE = PortableKernel(
+    "choose_experts", ("logits_in",), ("experts_out", "scores_out"), "choose_experts.metal", contiguous=True
+)
+
+
+def choose_experts(
+    logits: Float[mx.array, "tokens experts"], chosen: int, *, normalised: bool
+) -> tuple[Int32[mx.array, "tokens chosen"], Float[mx.array, "tokens chosen"]]:
+    """Choose experts; see :func:`metal_kernels.choose_experts`."""
+    tokens, experts = logits.shape
+    ids, scores = _CHOOSE(
+        [logits],
+        [((tokens, chosen), mx.int32), ((tokens, chosen), mx.float32)],
+        threadgroups=(tokens, 1),
+        threads=32,
+        template={"T": logits.dtype, "EXPERTS": experts, "CHOSEN": chosen, "NORMALISED": normalised},
+    )
+    return ids, scores
+
+
+def expert_silu_and_mul(
+    rows: Float[mx.array, "tokens hidden"],
+    gate: Float[mx.array, "experts width hidden"],
+    up: Float[mx.array, "experts width hidden"],
+    experts: Int32[mx.array, "tokens chosen"],
+    variant: ExpertVariant,
+) -> Float[mx.array, "tokens chosen width"]:
+    """Multiply and gate rows; see :func:`metal_kernels.expert_silu_and_mul`."""
+    tokens, chosen = experts.shape
+    pairs = _padded(experts)
+    return _launch(rows, gate, up, pairs, constants(0.0), chosen, variant, rows.dtype, tokens * chosen).reshape(
+        tokens, chosen, -1
+    )
+
+
+def expert_linear(
+    rows: Float[mx.array, "tokens chosen width"],
+    weight: Float[mx.array, "experts hidden width"],
+    experts: Int32[mx.array, "tokens chosen"],
+    scores: Float[mx.array, "tokens chosen"],
+    variant: ExpertVariant,
+) -> Float[mx.array, "tokens chosen hidden"]:
+    """Multiply rows; see :func:`metal_kernels.expert_linear`."""
+    tokens, chosen, width = rows.shape
+    pairs, factors = _padded(experts), scores.astype(mx.float32).reshape(-1)
+    factors = mx.pad(factors, (0, pairs.size - factors.size)) if factors.size < pairs.size else factors
+    flat = rows.reshape(-1, width)
+    return _launch(flat, weight, None, pairs, factors, 1, variant, mx.float32, tokens * chosen).reshape(
+        tokens, chosen, -1
+    )
+
+
+def _padded(experts: mx.array) -> mx.array:
+    """Return the pairs, at least eight: MLX passes fewer as constant memory. No row is of the padding's expert."""
+    flat = experts.reshape(-1)
+    return mx.pad(flat, (0, 8 - flat.size), constant_values=-1) if flat.size < 8 else flat
+
+
+def _launch(
+    rows: mx.array,
+    weight: mx.array,
+    up: mx.array | None,
+    pairs: mx.array,
+    scores: mx.array,
+    pairs_per_row: int,
+    variant: ExpertVariant,
+    dtype: mx.Dtype,
+    num_pairs: int,
+) -> mx.array:
+    _, output, size = weight.shape
+    (out,) = _EXPERTS(
+        [rows, weight, weight if up is None else up, pairs, scores],
+        [((num_pairs, output), dtype)],
+        threadgroups=(-(-output // (variant.rows * variant.simdgroups)), num_pairs),
+        threads=variant.simdgroups * 32,
+        template={
+            "T": rows.dtype,
+            "O": dtype,
+            "INPUT": size,
+            "OUTPUT": output,
+            "PAIRS_PER_ROW": pairs_per_row,
+            "GATED": up is not None,
+            "ROWS": variant.rows,
+            "SIMDGROUPS": variant.simdgroups,
+        },
+    )
+    return out

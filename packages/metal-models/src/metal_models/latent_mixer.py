@@ -1,0 +1,99 @@
+"""Multi-head latent attention, for steps of one row per request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float
+
+from metal_kernels import kernels, latent_decode, latent_rope_and_cache, target
+from metal_kv.pool import LayerCache
+from metal_kv.spec import LatentSpec
+from metal_models.decode_program import Rotation
+from metal_models.joined_linear import JoinedLinear
+from metal_models.planned_mixer import PlanKey, PlannedMixer
+from metal_models.token_mixer import Pages, StepRows, TokenMixer
+
+
+@dataclass(frozen=True, eq=False)
+class LatentMixer(TokenMixer):
+    """Attention with absorbed queries over latents.
+
+    Attributes:
+        rotation: Of the rotary parts.
+        scale: Factor of the scores.
+        q_heads: Heads of queries.
+        query: From rows to all query heads.
+        latent: Projection to a latent and its rotary key.
+        latent_norm: Of the latent.
+        absorb: From ``[q_heads, tokens, nope_size]`` to ``[q_heads, tokens, latent_size]``.
+        expand: From ``[q_heads, tokens, latent_size]`` to ``[q_heads, tokens, value_size]``.
+        output: Projection of the result.
+    """
+
+    rotation: Rotation
+    scale: float
+    q_heads: int
+    query: Callable[[mx.array], mx.array]
+    latent: JoinedLinear
+    latent_norm: nn.RMSNorm
+    absorb: Callable[[mx.array], mx.array]
+    expand: Callable[[mx.array], mx.array]
+    output: JoinedLinear
+    keeps = "attn"
+
+    def served(self, cache: LayerCache) -> bool:
+        """Whether kernels write the layer's pages in place and attend over them."""
+        return kernels.move_pages(cache.kv_cache) and isinstance(_variant(cache), kernels.Accepted)
+
+    def bind(self, cache: LayerCache, *, in_place: bool) -> "BoundLatentAttention":
+        """Return the mixer over ``cache``."""
+        return BoundLatentAttention(self, cache, Pages(cache, in_place=in_place))
+
+
+class BoundLatentAttention(PlannedMixer):
+    """Latent attention over one layer's pages."""
+
+    def __init__(self, mixer: LatentMixer, cache: LayerCache, pages: Pages) -> None:
+        self._mixer = mixer
+        self._pages = pages
+        decode = _variant(cache)
+        per_range = 1
+        if isinstance(decode, kernels.Accepted):
+            per_range = -(-mixer.q_heads // decode.variant.heads) * decode.variant.simdgroups
+        self.key = PlanKey(cache.group, None, per_range, pages.array.shape[1])
+
+    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
+        """Rotate and write the latents, attend with absorbed queries, project."""
+        mixer, tokens = self._mixer, rows.shape[0]
+        slots, plan = self.slots_and_plan(step, tokens)
+        cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
+        query, latent = mixer.query(rows), mixer.latent(rows)
+        absorbed: list[mx.array] = []
+
+        def write(pages: mx.array) -> tuple[mx.array, mx.array]:
+            nope, rope, written = latent_rope_and_cache(
+                query,
+                latent,
+                cos_sin,
+                pages,
+                slots,
+                q_heads=mixer.q_heads,
+                norm=mixer.latent_norm.weight,
+                eps=mixer.latent_norm.eps,
+                traditional=mixer.rotation.traditional,
+            )
+            absorbed.append(mixer.absorb(nope).swapaxes(0, 1))
+            return rope, written
+
+        rope = self._pages.rewrite(write)
+        attended = latent_decode(absorbed[0], rope, self._pages.array, plan, scale=mixer.scale)
+        return mixer.output(mixer.expand(attended).swapaxes(0, 1).reshape(tokens, -1))
+
+
+def _variant(cache: LayerCache) -> kernels.Accepted[kernels.LatentVariant] | kernels.Rejected:
+    spec = cache.spec
+    if not isinstance(spec, LatentSpec):
+        return kernels.Rejected("the layer keeps no latents")
+    return kernels.mla_decode_kernel(target(), spec.dtype, spec.dtype, spec.latent_size, spec.rope_size)
