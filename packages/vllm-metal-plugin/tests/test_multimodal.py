@@ -42,9 +42,9 @@ PIXELS = {
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25],
 }  # fmt: skip
 # Placeholders among sampled tokens would stand for images that transformers misses.
-GREEDY = SamplingParams(
-    temperature=0.0, max_tokens=8, ignore_eos=True, logit_bias=dict.fromkeys(range(len(SPECIAL)), -100.0)
-)
+UNLIKELY = dict.fromkeys(range(len(SPECIAL)), -100.0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logit_bias=UNLIKELY)
+LONG = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logit_bias=UNLIKELY)
 
 
 def image(seed: int, width: int = 84, height: int = 56) -> Image.Image:
@@ -53,6 +53,7 @@ def image(seed: int, width: int = 84, height: int = 56) -> Image.Image:
 
 
 Prompt = tuple[list[int], list[Image.Image]]
+Expected = Callable[..., list[int]]
 ONE = [START, IMAGE, END]
 PROMPTS: list[Prompt] = [
     ([1, 20, 30, *ONE, 40, 50], [image(0)]),
@@ -88,19 +89,19 @@ def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(vision_dir: Path) -> Callable[[Prompt], list[int]]:
+def expected(vision_dir: Path) -> Expected:
     """Greedy tokens as transformers generates them, with a forward pass over everything for each token."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vision_dir, attn_implementation="eager")
     processor = transformers.AutoImageProcessor.from_pretrained(vision_dir)
     known: dict[str, list[int]] = {}
 
-    def generate(prompt: Prompt) -> list[int]:
+    def generate(prompt: Prompt, max_tokens: int) -> list[int]:
         tokens, images = prompt
         vision: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
         grids = iter(vision.get("image_grid_thw", torch.zeros(0, 3)).prod(-1).tolist())
         full = [token for t in tokens for token in ([t] * (int(next(grids)) // 4) if t == IMAGE else [t])]
         start = len(full)
-        for _ in range(GREEDY.max_tokens):
+        for _ in range(max_tokens):
             ids = torch.tensor([full])
             with torch.no_grad():
                 types = (ids == IMAGE).int()
@@ -108,10 +109,10 @@ def expected(vision_dir: Path) -> Callable[[Prompt], list[int]]:
             full.append(len(SPECIAL) + int(logits[len(SPECIAL) :].argmax()))
         return full[start:]
 
-    def cached(prompt: Prompt) -> list[int]:
-        key = str(prompt[0]) + str([each.tobytes()[:64] for each in prompt[1]])
+    def cached(prompt: Prompt, max_tokens: int = 8) -> list[int]:
+        key = str(prompt[0]) + str([each.tobytes()[:64] for each in prompt[1]]) + str(max_tokens)
         if key not in known:
-            known[key] = generate(prompt)
+            known[key] = generate(prompt, max_tokens)
         return known[key]
 
     return cached
@@ -159,14 +160,12 @@ def worker_of(llm: LLM) -> Any:
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
-def test_mixed_batches_in_small_pieces(
-    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]], async_scheduling: bool
-) -> None:
+def test_mixed_batches_in_small_pieces(engine: Callable[..., LLM], expected: Expected, async_scheduling: bool) -> None:
     llm = engine(async_scheduling=async_scheduling)
     assert tokens_of(ask(llm, PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
 
 
-def test_prefixes_are_shared_by_image(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+def test_prefixes_are_shared_by_image(engine: Callable[..., LLM], expected: Expected) -> None:
     llm = engine(max_num_batched_tokens=64)
     tokens = [1, *range(20, 35), *ONE, *range(40, 50)]
     first, other = (tokens, [image(4, 112, 112)]), (tokens, [image(5, 112, 112)])
@@ -178,7 +177,7 @@ def test_prefixes_are_shared_by_image(engine: Callable[..., LLM], expected: Call
     assert expected(first) != expected(other)
 
 
-def test_an_image_is_encoded_once(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+def test_an_image_is_encoded_once(engine: Callable[..., LLM], expected: Expected) -> None:
     llm = engine(enable_prefix_caching=False)
     counted = count_encodes(llm)
     prompts: list[Prompt] = [([1, 20, *ONE, 30 + i], [image(6)]) for i in range(3)]
@@ -205,9 +204,7 @@ def count_encodes(llm: LLM, fail: Callable[[int], bool] = lambda number: False) 
     return seen
 
 
-def test_more_images_than_the_encoder_cache_holds(
-    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
-) -> None:
+def test_more_images_than_the_encoder_cache_holds(engine: Callable[..., LLM], expected: Expected) -> None:
     llm = engine(enable_prefix_caching=False)
     prompts: list[Prompt] = [([1, *ONE, 30 + i], [image(10 + i, 112, 112)]) for i in range(6)]
     assert tokens_of(ask(llm, prompts)) == [expected(prompt) for prompt in prompts]
@@ -216,22 +213,27 @@ def test_more_images_than_the_encoder_cache_holds(
     assert cache.nbytes <= 48 * 64 * 4
 
 
-def test_preempted_requests_see_their_images_again(
-    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
-) -> None:
+def test_preempted_requests_see_their_images_again(engine: Callable[..., LLM], expected: Expected) -> None:
     """Also those whose images were covered by a prefix when they started, and are not when they resume."""
-    llm = engine(num_gpu_blocks_override=12, max_model_len=64)
-    prompts: list[Prompt] = [([1, *ONE, *range(30 + i, 40 + i)], [image(20)]) for i in range(3)]
-    long = SamplingParams(**{name: getattr(GREEDY, name) for name in ("temperature", "ignore_eos", "logit_bias")})
-    long.max_tokens = 24
-    ask(llm, prompts[:1])
-    outputs = tokens_of(ask(llm, prompts, long))
-    assert [tokens[:8] for tokens in outputs] == [expected(prompt) for prompt in prompts]
+    llm = engine(num_gpu_blocks_override=14, max_model_len=64, max_num_seqs=3)
+    prompts: list[Prompt] = [([1, *ONE, *range(30, 40)], [image(20 + i, 112, 112)]) for i in range(3)]
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, preempted, covered = scheduler.schedule, set(), set()
+
+    def watching(*args: Any) -> Any:
+        output = schedule(*args)
+        preempted.update(output.preempted_req_ids or ())
+        covered.update(new.req_id for new in output.scheduled_new_reqs if new.num_computed_tokens >= 24)
+        return output
+
+    scheduler.schedule = watching
+    for prompt in reversed(prompts):
+        ask(llm, [prompt])  # the last one's image has left the encoder cache after this, its prefix is still there
+    assert tokens_of(ask(llm, prompts, LONG)) == [expected(prompt, LONG.max_tokens) for prompt in prompts]
+    assert preempted & covered
 
 
-def test_failed_encode_ends_its_request_alone(
-    engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]
-) -> None:
+def test_failed_encode_ends_its_request_alone(engine: Callable[..., LLM], expected: Expected) -> None:
     llm = engine(max_num_batched_tokens=64)
     count_encodes(llm, fail=lambda number: number == 1)
     failed, *others = ask(llm, PROMPTS)
@@ -240,7 +242,7 @@ def test_failed_encode_ends_its_request_alone(
     assert tokens_of(ask(llm, PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
 
 
-def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: Callable[[Prompt], list[int]]) -> None:
+def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: Expected) -> None:
     core = engine().llm_engine
     for name, (tokens, images) in zip(("gone", "stays"), (PROMPTS[3], PROMPTS[0]), strict=True):
         core.add_request(name, {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}, GREEDY)
@@ -269,7 +271,7 @@ def test_towers_are_planned_for(engine: Callable[..., LLM]) -> None:
 )
 def test_language_model_alone(
     engine: Callable[..., LLM],
-    expected: Callable[[Prompt], list[int]],
+    expected: Expected,
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
     options: dict[str, Any],

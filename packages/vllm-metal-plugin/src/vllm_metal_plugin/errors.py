@@ -4,6 +4,7 @@
     ├── EnvironmentVariableError   a VLLM_METAL_* variable has a value outside its allowed set
     ├── UnsupportedConfigError     vLLM was asked for something that this plugin does not do
     ├── ModelFilesError            the model's files are missing, damaged or of an unknown architecture
+    ├── MultimodalError            an image, video or sound of a request cannot be computed
     └── UnsupportedRequestError    one request asks for something unsupported (request_checks.py: it needs vLLM)
 
 None of the others is a ``ValueError``: pydantic would wrap one raised while vLLM builds its configuration into a
@@ -25,3 +26,7 @@ class UnsupportedConfigError(VllmMetalPluginError):
 
 class ModelFilesError(VllmMetalPluginError):
     """The model cannot be served from the files that were found."""
+
+
+class MultimodalError(VllmMetalPluginError):
+    """An image, video or sound of a request cannot be computed."""

@@ -69,6 +69,7 @@ class PagedForward(ForwardPass):
             self._pool,
             embeddings=inputs.embeddings,
             rope_positions=inputs.rope_positions,
+            bidirectional=inputs.bidirectional,
         )
 
     def compute_logits(self, hidden: Float[mx.array, "rows hidden"]) -> Float[mx.array, "rows vocab"]:

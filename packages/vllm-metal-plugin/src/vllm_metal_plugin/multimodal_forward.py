@@ -91,6 +91,8 @@ class MultimodalForward(ForwardPass):
             rows.embed(i, piece.positions, output[piece.first : piece.first + len(piece.positions)])
         if prompt.rope is not None:
             rows.turn(i, prompt.rope.between(begin, end))
+        for first, last in prompt.spans(begin, end):
+            rows.see(i, first, last)
 
 
 @dataclass
@@ -100,6 +102,7 @@ class _StepRows:
     inputs: StepInputs
     embedded: list[Int32[np.ndarray, "rows"]] = field(default_factory=list)
     values: list[mx.array] = field(default_factory=list)
+    bidirectional: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         starts = self.inputs.query_start_loc
@@ -121,6 +124,11 @@ class _StepRows:
         """Place the rows of the i-th request in time, height and width."""
         self._turned[:, self.inputs.query_start_loc[i] : self.inputs.query_start_loc[i + 1]] = coordinates
 
+    def see(self, i: int, first: int, last: int) -> None:
+        """Let the rows from one position of the i-th request up to another see each other."""
+        shift = int(self.inputs.query_start_loc[i] - self._begins[i])
+        self.bidirectional.append((first + shift, last + shift))
+
     def apply_to(self, inputs: StepInputs) -> StepInputs:
         """Return the step with all that."""
         flat = bool((self._turned == self._turned[0]).all())
@@ -130,6 +138,7 @@ class _StepRows:
             inputs,
             embeddings=_joined(self.embedded, self.values),
             rope_positions=None if flat else mx.array(self._turned),
+            bidirectional=self.bidirectional,
         )
 
 

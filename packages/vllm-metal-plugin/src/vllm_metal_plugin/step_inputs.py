@@ -23,6 +23,7 @@ class StepInputs:
         metadata: One for each cache group.
         embeddings: Rows that take an encoder's output in place of their token's embedding.
         rope_positions: Where every row is in time, height and width, in a step in which these differ.
+        bidirectional: Ranges of rows that see each other, later ones too.
     """
 
     req_ids: list[str]
@@ -34,6 +35,7 @@ class StepInputs:
     metadata: Sequence[AttentionMetadata]
     embeddings: RowEmbeddings | None = None
     rope_positions: Int32[mx.array, "3 tokens"] | None = None
+    bidirectional: Sequence[tuple[int, int]] = ()
 
     @property
     def logits_indices(self) -> Int32[np.ndarray, "emitting"]:

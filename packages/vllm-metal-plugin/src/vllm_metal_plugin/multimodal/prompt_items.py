@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from metal_models.multimodal import MultimodalItem, Towers
+from vllm_metal_plugin.errors import MultimodalError
 from vllm_metal_plugin.multimodal.items import to_item
 
 if TYPE_CHECKING:
@@ -80,6 +81,24 @@ class PromptItems:
             first, last = np.searchsorted(taking, (begin, end))
             if first < last:
                 yield Slice(feature.identifier, number, taking[first:last], int(first))
+
+    def spans(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Return the parts from ``begin`` on of ranges of tokens that see each other, later ones too.
+
+        Raises:
+            MultimodalError: A range goes on after ``end``: the tokens up to there would miss the others.
+        """
+        found = [(max(first, begin), last) for first, last in self._spans if first < end and last > begin]
+        if any(last > end for _, last in found):
+            raise MultimodalError(
+                f"[multimodal] expected all tokens of an image in one step, got a step that ends at {end} in an image "
+                f"from {found[-1][0]} to {found[-1][1]}. Raise --max-num-batched-tokens."
+            )
+        return found
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        return [span for feature in self._features for span in self._towers.spans(to_item(feature))]
 
     @cached_property
     def rope(self) -> RopePositions | None:
