@@ -30,12 +30,13 @@ def metadata_of(query_lens, seq_lens, groups):
 
 
 @pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("few_rows", [0, 4])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_gives_the_tokens_of_the_plain_path(tiny, name, bits):
+def test_gives_the_tokens_of_the_plain_path(tiny, name, few_rows, bits):
     model = tiny(name, bits=bits)
     program = decode_program(model.module)
     (pool, names, groups), (plain_pool, _, _) = pool_of(model), pool_of(model)
-    step = DecodeStep(program, [pool.layer(name) for name in names], compiled=False)
+    step = DecodeStep(program, [pool.layer(name) for name in names], compiled=False, few_rows=few_rows)
     prompts, seq_lens = [5, 1, 14], np.array([5, 1, 14])
     ids = mx.array(np.random.default_rng(0).integers(1, model.vocab_size, sum(prompts)), mx.int32)
     metadata = metadata_of(prompts, seq_lens, groups)

@@ -19,10 +19,11 @@ from metal_kernels.fused_linear import fused_linear
 from metal_kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.gated_delta_rows import GatedDeltaRows, HeadPart
 from metal_kernels.gather_kv_cache import gather_kv_cache
+from metal_kernels.host_memory import keep_with_host
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
-from metal_kernels.paged_attention import paged_attention
 from metal_kernels.latent_decode import latent_decode, latent_rope_and_cache
 from metal_kernels.linear_weights import LinearWeights
+from metal_kernels.paged_attention import paged_attention
 from metal_kernels.quantized_cache import (
     quantized_gather_kv_cache,
     quantized_paged_attention,
@@ -60,23 +61,27 @@ __all__ = [
     "plan_decode",
     "pack_decode",
     "decode_attention",
-    # one token of recurrent layers
     "latent_decode",
+    # one token of recurrent layers
     "GatedDeltaRows",
     "HeadPart",
     "gated_delta_decode",
     "short_conv_decode",
-    # between the matmuls
     # experts on few rows
     "choose_experts",
     "expert_silu_and_mul",
     "expert_linear",
+    # between the matmuls
     "rope_and_cache",
-    "add_rms_norm",
     "latent_rope_and_cache",
+    "add_rms_norm",
     "silu_and_mul",
+    # a matmul with what is around it
+    "fused_linear",
+    "LinearWeights",
     # where it runs
     "target",
+    "keep_with_host",
     "reference",
     # errors
     "MetalKernelsError",

@@ -1,7 +1,8 @@
 """What attention and cache writes of one step need to know, for one cache group."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -13,19 +14,38 @@ from metal_kv.errors import SpecError
 from metal_kv.slot_mapping import slot_mapping, token_positions
 
 
+class StepArray:
+    """Numbers of a step that the host has, and the device once they are asked for there.
+
+    Args:
+        host: The numbers; not changed afterwards.
+        device: The same on the device, where another array of the step already has them.
+    """
+
+    def __init__(self, host: Int32[np.ndarray, "tokens"], device: Int32[mx.array, "tokens"] | None = None) -> None:
+        self.host = host
+        if device is not None:
+            self.__dict__["device"] = device
+
+    @cached_property
+    def device(self) -> Int32[mx.array, "tokens"]:
+        """The numbers on the device."""
+        return mx.array(self.host)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
     """The rows of a step, where they are written and what they may read, for the layers of one cache group.
 
     Attributes:
         batch: Requests, context lengths and block table of the step, in kernel blocks.
-        slot_mapping: Cache slot each row is written to; -1 for none.
-        positions: Position of every row in its own sequence; groups of a step share one array.
+        slots: Cache slot each row is written to; -1 for none.
+        places: Position of every row in its own sequence.
     """
 
     batch: RaggedBatch
-    slot_mapping: Int32[mx.array, "tokens"]
-    positions: Int32[mx.array, "tokens"]
+    slots: StepArray
+    places: StepArray
 
     @classmethod
     def build(
@@ -73,11 +93,23 @@ class AttentionMetadata:
             slots = slot_mapping(starts, host_positions, block_table, block_size)
         else:
             slots = np.full(len(host_positions), -1, np.int32)
-        if positions is None:
-            positions = mx.array(host_positions)
-        return cls(batch, mx.array(slots), positions)
+        return cls(batch, StepArray(slots), StepArray(host_positions, positions))
+
+    def at(self, positions: Int32[np.ndarray, "tokens"]) -> "AttentionMetadata":
+        """Return the same rows at other positions."""
+        return replace(self, places=StepArray(positions))
+
+    @property
+    def slot_mapping(self) -> Int32[mx.array, "tokens"]:
+        """Cache slot each row is written to, on the device."""
+        return self.slots.device
+
+    @property
+    def positions(self) -> Int32[mx.array, "tokens"]:
+        """Position of every row in its own sequence, on the device; groups of a step share one array."""
+        return self.places.device
 
     @property
     def num_tokens(self) -> int:
         """Rows of the step."""
-        return int(self.slot_mapping.shape[0])
+        return len(self.slots.host)

@@ -5,10 +5,12 @@ The plain path, mlx-lm's own modules over views of the cache, is the specificati
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import rope_utils
 
 from metal_kernels import add_rms_norm, silu_and_mul
@@ -45,9 +47,7 @@ class Rotation:
 
     def cos_sin(self, positions: mx.array) -> mx.array:
         """Return cosines, then sines, ``[tokens, size]`` in float32: what the module makes of unit vectors."""
-        unit = mx.arange(self.size) % 2 == 0 if self.traditional else mx.arange(self.size) < self.size // 2
-        # Contiguous, because MLX's GPU kernel would write all rows of a broadcast array to the same place.
-        rows = mx.contiguous(mx.broadcast_to(unit.astype(mx.float32), (positions.shape[0], 1, 1, self.size)))
+        rows = _unit_rows(positions.shape[0], self.size, self.traditional)
         turned: mx.array = self.rope(rows, offset=positions).reshape(-1, self.size)
         if not self.traditional:
             return turned
@@ -214,3 +214,12 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _add_norm(rows: mx.array, residual: mx.array, norm: Any) -> tuple[mx.array, mx.array]:
     return add_rms_norm(rows, residual, norm.weight, norm.eps)
+
+
+@cache
+def _unit_rows(tokens: int, size: int, traditional: bool) -> mx.array:
+    """Return rows ``[tokens, 1, 1, size]`` of which each pair that rotates together is 1, 0."""
+    at = np.arange(size)
+    unit = (at % 2 == 0 if traditional else at < size // 2).astype(np.float32)
+    # Contiguous, because MLX's GPU kernel would write all rows of a broadcast array to the same place.
+    return mx.array(np.ascontiguousarray(np.broadcast_to(unit, (tokens, 1, 1, size))))

@@ -15,7 +15,7 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool, LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import DecodeLayer, DecodeProgram
-from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket
+from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,18 @@ class DecodeStep:
         program: The model's layers.
         caches: The pool's layers, in the same order.
         compiled: Whether steps are compiled; uncompiled, they run on any device, through the kernels' twins.
+        few_rows: Steps of so many rows at most are computed with norms, activations and sums in the linear layers.
     """
 
-    def __init__(self, program: DecodeProgram, caches: Sequence[LayerCache], *, compiled: bool) -> None:
+    def __init__(
+        self, program: DecodeProgram, caches: Sequence[LayerCache], *, compiled: bool, few_rows: int = 0
+    ) -> None:
         self._program = program
         self._caches = list(caches)
         self._keys = [_plan_key(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)]
         self._distinct = tuple(dict.fromkeys(self._keys))
         self._compiled = compiled
+        self._few_rows = few_rows
         self._memory = StepMemory()
         self._graphs: dict[_StepSizes, Callable[[mx.array, mx.array], mx.array]] = {}
 
@@ -82,7 +86,7 @@ class DecodeStep:
 
     def _run(self, sizes: _StepSizes, token_ids: mx.array, packed: mx.array) -> mx.array:
         """Compute a step from its padded ids and the one array that says everything else."""
-        slots_size = max(MIN_ELEMENTS, sizes.reqs)
+        packed, slots_size = on_device(packed), max(MIN_ELEMENTS, sizes.reqs)
         positions, at = packed[: sizes.reqs], slots_size
         slots, plans = {}, {}
         for key, plan_sizes in sizes.plans:
@@ -100,7 +104,7 @@ class DecodeStep:
             query = _write(cache, layer, qkv, cos_sin[layer.rotation], slots[key])
             return decode_attention(query, cache.kv_cache, plans[key], scale=layer.scale)
 
-        return self._program(token_ids, attend)
+        return self._program(token_ids, attend, self._few_rows)
 
 
 def decode_step(program: DecodeProgram | None, names: Sequence[str], pool: KVCachePool) -> DecodeStep | None:
@@ -110,7 +114,7 @@ def decode_step(program: DecodeProgram | None, names: Sequence[str], pool: KVCac
     caches = [pool.layer(name) for name in names]
     if not all(_served(cache, layer.q_heads) for cache, layer in zip(caches, program.layers, strict=True)):
         return None
-    return DecodeStep(program, caches, compiled=True)
+    return DecodeStep(program, caches, compiled=True, few_rows=program.few_rows)
 
 
 def _served(cache: LayerCache, q_heads: int) -> bool:
@@ -142,12 +146,12 @@ def _packed(
     batch = metadata[0].batch
     reqs = bucket(batch.num_reqs)
     positions = np.zeros(max(MIN_ELEMENTS, reqs), np.int32)
-    positions[: batch.num_reqs] = np.asarray(metadata[0].positions)
+    positions[: batch.num_reqs] = metadata[0].places.host
     parts, plans = [positions], []
     for key in keys:
         group = metadata[key.group]
         slots = np.full(len(positions), -1, np.int32)
-        slots[: batch.num_reqs] = np.asarray(group.slot_mapping)
+        slots[: batch.num_reqs] = group.slots.host
         sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
         plans.append((key, sizes))
         parts += [slots, plan]

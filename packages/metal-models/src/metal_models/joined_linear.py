@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from metal_kernels import LinearWeights, fused_linear, kernels, target
+
 _LINEARS = (nn.Linear, nn.QuantizedLinear)
 _ARRAYS = ("weight", "scales", "biases", "bias")
 
@@ -29,6 +31,10 @@ class JoinedLinear:
         else:
             self._transposed = self._arrays["weight"].T
             mx.eval(self._transposed)
+        self._weights: LinearWeights | None = None
+        if self._options.get("mode", "affine") == "affine":
+            bits, group_size = self._options.get("bits"), self._options.get("group_size", 64)
+            self._weights = LinearWeights(**self._arrays, bits=bits, group_size=group_size)
 
     @staticmethod
     def joinable(layers: Sequence[Any]) -> bool:
@@ -43,6 +49,8 @@ class JoinedLinear:
 
     def __call__(self, rows: mx.array) -> mx.array:
         """Return the outputs ``[rows, …]`` of all layers, one after the other, for ``[rows, input]``."""
+        if self.fuses(rows.dtype, rows.shape[0]):
+            return self.fused(rows)
         arrays = self._arrays
         bias = arrays.get("bias")
         if not self._options:
@@ -51,6 +59,29 @@ class JoinedLinear:
             rows, arrays["weight"], arrays["scales"], arrays.get("biases"), transpose=True, **self._options
         )
         return out if bias is None else out + bias
+
+    def fuses(self, dtype: mx.Dtype, rows: int, *, normed: bool = False, gated: bool = False) -> bool:
+        """Whether a kernel computes so many rows of the layers with what is around them; see :meth:`fused`."""
+        if self._weights is None:
+            return False
+        linear = kernels.linear_kernel(target(), dtype, self._weights, rows, normed=normed, gated=gated)
+        return isinstance(linear, kernels.Accepted)
+
+    def fused(
+        self, rows: mx.array, *, norm: Any = None, residual: mx.array | None = None, gated: bool = False
+    ) -> mx.array:
+        """Return the outputs with what is around the layers; see :func:`metal_kernels.fused_linear`.
+
+        Args:
+            rows: ``[rows, input]``.
+            norm: An ``RMSNorm`` before the layers.
+            residual: Added to the outputs.
+            gated: Whether the first half of the outputs gate the second.
+        """
+        if self._weights is None:
+            raise TypeError("codes of this mode have no biases")
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return fused_linear(rows, self._weights, norm=weight, eps=eps, residual=residual, gated=gated)
 
 
 def _joined(layers: Sequence[Any], name: str) -> mx.array:

@@ -12,7 +12,7 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool, LayerCache
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.mixed_program import MixedProgram
-from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket
+from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device
 from metal_models.token_mixer import BoundMixer, StepRows
 
 _Sizes = tuple[int, tuple[tuple[Hashable, int], ...]]
@@ -74,7 +74,7 @@ class MixedStep:
         num_reqs = metadata[0].batch.num_reqs
         reqs = bucket(num_reqs)
         positions = np.zeros(max(MIN_ELEMENTS, reqs), np.int32)
-        positions[:num_reqs] = np.asarray(metadata[0].positions)
+        positions[:num_reqs] = metadata[0].places.host
         parts, sizes = [positions], []
         for mixer in self._packers.values():
             part_sizes, part = mixer.pack(metadata, reqs)
@@ -85,6 +85,7 @@ class MixedStep:
     def _run(self, sizes: _Sizes, token_ids: mx.array, packed: mx.array) -> mx.array:
         """Compute a step from its padded ids and the one array that says everything else."""
         reqs, part_sizes = sizes
+        packed = on_device(packed)
         at, parts = max(MIN_ELEMENTS, reqs), {}
         for key, (own_sizes, elements) in zip(self._packers, part_sizes, strict=True):
             parts[key] = (own_sizes, packed[at : at + elements])

@@ -66,6 +66,7 @@ class PagedModel:
         self.module = module
         self.config = config
         multiply_rows_together(module)
+        speed_up_heads(module)
         self._split = HeadSplit(module)
         self._trace = trace(module, self._split, architecture_of(config))
         self.vocab_size = self._trace.vocab_size

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from metal_kernels.device import Target
 from metal_kernels.gated_delta_rows import GatedDeltaRows
+from metal_kernels.linear_weights import LinearWeights
 from metal_kernels.row_format import RowFormat
 
 _Variant = TypeVar("_Variant")
@@ -23,9 +24,9 @@ _MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
 _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
 _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
-_MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
 _MAX_EXPERTS = 1024
 _MAX_EXPERT_ROWS = 64
+_MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
 # What prefill costs on an H200, in microseconds and operations per microsecond: benchmarks/kernels/prefill_check.py.
@@ -34,6 +35,9 @@ _TILED_RATE = 1.2e8
 _FUSED_REQUEST = 45.0
 _FUSED_RATE = 5.5e8
 _COPIED_ELEMENT = 2e-5
+_MAX_LINEAR_ROWS = 32  # beyond, MLX's own matmuls are faster
+_LINEAR_CODES = (4, 8)  # bits
+_LINEAR_THREADGROUPS = 132  # that are under way at once
 _MAX_WIDTH = 32768  # elements of a row that a threadgroup holds in registers
 
 
@@ -134,10 +138,6 @@ class LatentVariant:
 
 
 @dataclass(frozen=True)
-class GatedDeltaVariant:
-    """How one token of a gated delta net is laid out.
-
-@dataclass(frozen=True)
 class ExpertVariant:
     """How linear layers of experts are laid out.
 
@@ -149,6 +149,10 @@ class ExpertVariant:
     rows: int
     simdgroups: int
 
+
+@dataclass(frozen=True)
+class GatedDeltaVariant:
+    """How one token of a gated delta net is laid out.
 
     Args:
         simdgroups: SIMD-groups of a threadgroup, which has a key head: each takes 4 rows of its memory at a time.
@@ -333,10 +337,6 @@ def gated_delta_kernel(
     return Accepted(GatedDeltaVariant(simdgroups, unrolled))
 
 
-def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) -> Accepted[RowKernels] | Rejected:
-    """Decide on one token of a gated short convolution of ``width`` channels."""
-    if target == "cpu":
-        return Rejected("the default device is a CPU")
 def routing_kernel(target: Target, dtype: mx.Dtype, experts: int) -> Accepted[RowKernels] | Rejected:
     """Decide on the kernel that chooses among so many experts."""
     if target == "cpu":
@@ -364,6 +364,10 @@ def expert_kernel(
     return Accepted(ExpertVariant(rows=2, simdgroups=4))
 
 
+def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) -> Accepted[RowKernels] | Rejected:
+    """Decide on one token of a gated short convolution of ``width`` channels."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
     if dtype not in FLOAT_DTYPES:
         return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
     if taps < 2 or (taps - 1) * width * dtype.size % 4 or width < _MIN_CHANNELS:
@@ -442,3 +446,37 @@ def gathered_prefill(
             f"tiled attention is estimated at {tiled:.0f} us, copies and fused attention at {gathered:.0f}"
         )
     return Accepted(GatheredPrefill())
+
+
+def linear_kernel(
+    target: Target, dtype: mx.Dtype, weights: LinearWeights, rows: int, *, normed: bool = False, gated: bool = False
+) -> Accepted[LinearVariant] | Rejected:
+    """Decide on the kernel of a linear layer on ``rows`` rows, after a norm or with half of its outputs as gates."""
+    if target != "cuda":
+        return Rejected(f"the target is {target}; the layout was timed on CUDA alone, where MLX's launches cost most")
+    if dtype not in (mx.float16, mx.bfloat16) or (normed and dtype == mx.float16):
+        return Rejected(f"rows are {dtype}; the kernel takes float16 or, where it weighs a norm's input, bfloat16")
+    if rows > _MAX_LINEAR_ROWS:
+        return Rejected(f"{rows} rows; beyond {_MAX_LINEAR_ROWS} MLX's own matmuls are faster")
+    if weights.bits is None and weights.weight.dtype != dtype:
+        return Rejected(f"the weight is {weights.weight.dtype}, rows are {dtype}; the kernel takes both alike")
+    if weights.bits is not None and (weights.bits not in _LINEAR_CODES or weights.biases is None):
+        return Rejected(f"codes of {weights.bits} bits; the kernel takes {_LINEAR_CODES}, with scales and biases")
+    run = 8 if weights.bits is None else 128 // weights.bits
+    if weights.inputs % (4 * run) or weights.outputs % (32 if gated else 16) or weights.group_size % run:
+        return Rejected(
+            f"{weights.outputs} x {weights.inputs} weights in groups of {weights.group_size}; the kernel takes "
+            f"multiples of {32 if gated else 16} and {4 * run}, and groups of whole runs of {run}"
+        )
+    return Accepted(linear_variant(rows, weights.inputs // (4 * run), weights.outputs, gated))
+
+
+def linear_variant(rows: int, chunks: int, outputs: int, gated: bool) -> LinearVariant:
+    """Lay out a linear layer whose inner axis has so many chunks, so that its threadgroups are there at once."""
+    columns = next(columns for columns in (1, 2, 4) if 8 * columns >= rows)
+    whole = [tiles for tiles in (1, 2, 3, 4) if outputs % (16 * tiles) == 0]
+    tiles = next((tiles for tiles in whole if outputs <= 16 * tiles * _LINEAR_THREADGROUPS), 2 if 2 in whole else 1)
+    simdgroups = 16 if tiles == 1 and chunks >= 32 else 8
+    turns = -(-chunks // simdgroups)
+    depth = turns if turns <= 4 else next(depth for depth in (4, 3, 2, 1) if turns % depth == 0)
+    return LinearVariant(tiles, columns, simdgroups, depth)

@@ -15,7 +15,7 @@ _KERNEL = PortableKernel(
     ("latent_in", "rope_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
     ("partial_out", "partial_stats"),
     "mla_decode.metal",
-    headers=("matrix",),
+    headers=("matrix", "tiles", "tile_rows"),
 )
 
 

@@ -15,7 +15,7 @@ _KERNEL = PortableKernel(
     ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "sinks_in", "order_in"),
     ("out",),
     "prefill_tiled.metal",
-    headers=("matrix",),
+    headers=("matrix", "tiles", "tile_rows"),
 )
 
 

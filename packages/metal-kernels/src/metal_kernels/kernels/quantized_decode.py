@@ -24,7 +24,7 @@ _MATRIX_KERNEL = PortableKernel(
     ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
     ("partial_out", "partial_stats"),
     "quantized_matrix_decode.metal",
-    headers=("bits", "pairs", "matrix"),
+    headers=("bits", "pairs", "matrix", "tiles", "tile_columns"),
 )
 
 

@@ -1,5 +1,6 @@
 """A kernel whose one body is launched through MLX on Metal or on CUDA."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -38,7 +39,7 @@ class PortableKernel:
     body: str
     defines: str = ""
     contiguous: bool = False
-    headers: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ("words",)
 
     def __call__(
         self,
@@ -70,16 +71,31 @@ class PortableKernel:
         return mx.fast.cuda_kernel(**self._parts("cuda"))
 
     def _parts(self, language: str) -> dict[str, Any]:
-        files = [f"{name}{end}.h" for name in ("prelude", *self.headers) for end in (f"_{language}", "")]
+        names = [f"{name}{end}.h" for name in ("prelude", *self.headers) for end in (f"_{language}", "")]
+        files = [_FOLDER / name for name in names if (_FOLDER / name).exists()]
+        told = _included if language == "cuda" else _text
         return {
             "name": self.name,
             "input_names": list(self.inputs),
             "output_names": list(self.outputs),
-            "header": self.defines
-            + "".join((_FOLDER / file).read_text() for file in files if (_FOLDER / file).exists()),
-            "source": (_FOLDER / self.body).read_text(),
+            "header": self.defines + "".join(told(file) for file in files),
+            "source": told(_FOLDER / self.body),
             "ensure_row_contiguous": self.contiguous,
         }
+
+
+def _text(file: Path) -> str:
+    """Return what a file says, line by line, without comments and indentation: MLX hashes it at every launch."""
+    return "".join(re.sub(r"\s*//.*| +(?= )|^ +", "", line) + "\n" for line in file.read_text().splitlines())
+
+
+def _included(file: Path) -> str:
+    """Return a line that makes CUDA's compiler read a file, and names the parameters that MLX gives the kernel for it.
+
+    MLX hashes a kernel's text at every launch, which takes longer than all the rest of some launches.
+    """
+    wanted = sorted(set(re.findall(r"\w+_(?:shape|strides|ndim)\b", file.read_text())))
+    return f'#include "{file}"  // {" ".join(wanted)}\n'
 
 
 @cache

@@ -1,0 +1,31 @@
+"""A linear layer with what comes before and after it, with plain MLX operations."""
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from metal_kernels.linear_weights import LinearWeights
+from metal_kernels.reference.fused import silu_and_mul
+
+
+def fused_linear(
+    rows: Float[mx.array, "rows inputs"],
+    weights: LinearWeights,
+    *,
+    norm: Float[mx.array, "inputs"] | None = None,
+    eps: float = 0.0,
+    residual: Float[mx.array, "rows width"] | None = None,
+    gated: bool = False,
+) -> Float[mx.array, "rows width"]:
+    """Apply a linear layer; see :func:`metal_kernels.fused_linear`."""
+    if norm is not None:
+        rows = mx.fast.rms_norm(rows, norm, eps)
+    if weights.bits is None:
+        out = rows @ weights.weight.T
+    else:
+        packed = weights.weight, weights.scales, weights.biases
+        out = mx.quantized_matmul(rows, *packed, transpose=True, group_size=weights.group_size, bits=weights.bits)
+    if weights.bias is not None:
+        out = out + weights.bias
+    if gated:
+        out = silu_and_mul(out)
+    return out if residual is None else residual + out
