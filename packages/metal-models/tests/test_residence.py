@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from metal_models import PagedModel
 from metal_models.registry import build
 from metal_models.residence import evaluate, expand, expanded_nbytes, nbytes
 

@@ -16,7 +16,15 @@ from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.model import PagedModel
 from metal_models.pooling_checkpoint import for_pooling
 from metal_models.residence import embed_in, evaluate, expand, expanded_nbytes, nbytes
-from metal_models.weights import CheckpointFormat, Conversion, config_dtype, converting, format_of, quantization_of
+from metal_models.weights import (
+    CheckpointFormat,
+    Conversion,
+    config_dtype,
+    converting,
+    format_of,
+    own_quantization,
+    quantization_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +131,13 @@ def _attempt(
     path: Path, config: dict[str, Any], pooling: bool, conversion: Conversion | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     # mlx-lm makes a layer quantised when this is there and the layer has scales, and asks these for its format.
-    quantization = {"group_size": 64, "bits": 4, "mode": "affine"}
+    quantization = {"group_size": 64, "bits": 4, "mode": "affine"} if conversion else own_quantization(config)
     try:
         module, loaded = load_model(
             path,
             lazy=True,
             strict=True,
-            model_config=None if conversion is None else {"quantization": quantization},
+            model_config=None if quantization is None else {"quantization": quantization},
             get_model_classes=_classes(pooling, conversion),
         )
     except CheckpointError:

@@ -72,7 +72,8 @@ def embed_in(module: nn.Module, dtype: mx.Dtype) -> None:
 
 class _TypedEmbedding(nn.QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
-        rows: mx.array = super().__call__(x)
+        embed: Any = super().__call__
+        rows: mx.array = embed(x)
         return rows.astype(self._dtype)
 
 

@@ -14,6 +14,8 @@ from metal_models.weights import FORMATS, config_dtype, format_of
     [
         {},
         {"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+        {"quantization_config": {"group_size": 64, "bits": 4}},
+        {"quantization_config": {"group_size": 64, "bits": 4, "quant_method": "mlx"}},
         {"quantization_config": {"quant_method": "mxfp4"}},
         {"quantization_config": {"quant_method": "bitnet"}},
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}},
@@ -24,7 +26,7 @@ def test_mlx_lm_loads(config: dict[str, Any]) -> None:
     assert format_of({"model_type": "llama"} | config) is None
 
 
-@pytest.mark.parametrize("method", sorted(set(FORMATS) - {"modelopt"}))
+@pytest.mark.parametrize("method", sorted(set(FORMATS) - {"modelopt", "modelopt_fp4"}))
 def test_converted(method: str) -> None:
     settings = {"quant_method": method}
     for config in ({"quantization_config": settings}, {"text_config": {"quantization_config": settings}}):
@@ -36,7 +38,20 @@ def test_converted(method: str) -> None:
 @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "torchao", None])
 def test_others_are_refused_by_name(method: str | None) -> None:
     with pytest.raises(MetalModelsError, match=rf"awq, .*, got {method!r}"):
-        format_of({"quantization_config": {"quant_method": method, "bits": 4}})
+        format_of({"quantization_config": {"quant_method": method, "load_in_4bit": True}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": {"quant_method": "COMPRESSED_TENSORS"}},
+        {"compression_config": {"quant_method": "compressed-tensors"}},
+    ],
+)
+def test_other_spellings(config: dict[str, Any]) -> None:
+    found = format_of(config)
+    assert found is not None
+    assert found.method == "compressed-tensors"
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,13 @@ def test_dtype_override_reaches_rows_and_cache(tmp_path: Path, tiny: Any, mode: 
     if dtype == mx.float32:
         ids = mx.array([[5, 6, 7]])
         np.testing.assert_allclose(np.array(expanded.module(ids)), np.array(model.module(ids)), rtol=1e-3, atol=1e-3)
+
+
+def test_settings_under_the_other_name(tmp_path: Path, tiny: Any, lab: Any) -> None:
+    path = write(tmp_path, tiny("qwen3", **CONFIG), mode="affine", group_size=64, bits=4)
+    expected = load(path)
+    config = json.loads((path / "config.json").read_text())
+    settings = config.pop("quantization")
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings | {"quant_method": "mlx"}}))
+    ids = mx.array([[1, 2, 3]])
+    assert mx.array_equal(load(path).module(ids), expected.module(ids))

@@ -23,7 +23,10 @@ def install() -> None:
     get_batch_defaults = EngineArgs.get_batch_defaults.__func__
 
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_metal_plugin import quantization
+
         upstream_fixes.install_in_front_end()
+        quantization.register()
         prepare(self)
         return create_engine_config(self, *args, **kwargs)
 
@@ -41,7 +44,7 @@ def prepare(engine_args: Any) -> None:
         VllmMetalPluginError: The model cannot be served; the text is for the user.
     """
     from vllm_metal_plugin.model_path import resolve
-    from vllm_metal_plugin.preflight import check_model_files
+    from vllm_metal_plugin.preflight import check_model_files, check_names_method
 
     typed = engine_args.model
     path = resolve(typed, engine_args.revision)
@@ -54,6 +57,8 @@ def prepare(engine_args: Any) -> None:
             path if tokenizer == typed else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
         )
     check_model_files(path)
+    if engine_args.quantization is not None:
+        check_names_method(path, str(engine_args.quantization))
     choose_modalities(engine_args, path)
 
 

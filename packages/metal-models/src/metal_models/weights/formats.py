@@ -23,6 +23,7 @@ FORMATS: dict[str, Format] = {
     "fp8": FP8,
     "gptq": GPTQ,
     "modelopt": MODELOPT,
+    "modelopt_fp4": MODELOPT,
 }
 """``quant_method`` -> format."""
 
@@ -55,9 +56,10 @@ def format_of(config: Mapping[str, Any], directory: Path | None = None) -> Check
         MetalModelsError: A format, or a variant of one, that is not known.
     """
     settings = _settings(config, directory)
-    if settings is None or config.get("model_type") in _NATIVE_ARCHITECTURES:
+    if settings is None or config.get("model_type") in _NATIVE_ARCHITECTURES or own_quantization(config):
         return None
-    method = settings.get("quant_method") or ("modelopt" if "quantization" in settings else None)
+    named = settings.get("quant_method") or ("modelopt" if "quantization" in settings else None)
+    method = named if named is None else str(named).lower().replace("_tensors", "-tensors")
     if method in NATIVE or (method == "fp8" and _is_mxfp8(settings)):
         return None
     if method not in FORMATS:
@@ -69,6 +71,16 @@ def format_of(config: Mapping[str, Any], directory: Path | None = None) -> Check
     form = FORMATS[method]
     form.check(settings)
     return CheckpointFormat(method, form, settings)
+
+
+def own_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return mlx-lm's ``quantization`` where a config has it only as ``quantization_config`` of method ``mlx``."""
+    settings = config.get("quantization_config")
+    if config.get("quantization") or not isinstance(settings, Mapping):
+        return None
+    if settings.get("quant_method", "mlx") != "mlx" or not {"group_size", "bits"} <= settings.keys():
+        return None
+    return {name: value for name, value in settings.items() if name != "quant_method"}
 
 
 def config_dtype(config: Mapping[str, Any]) -> mx.Dtype:
@@ -86,7 +98,9 @@ def _settings(config: Mapping[str, Any], directory: Path | None) -> Mapping[str,
     texts = text if isinstance(text, Mapping) else {}
     if config.get("quantization") or texts.get("quantization"):
         return None
-    found = config.get("quantization_config") or texts.get("quantization_config")
+    places = (config, texts)
+    keys = ("quantization_config", "compression_config")
+    found = next((place[key] for place in places for key in keys if place.get(key)), None)
     if not found and directory is not None and (directory / "hf_quant_config.json").is_file():
         found = json.loads((directory / "hf_quant_config.json").read_text())
     return found if isinstance(found, Mapping) and found else None
