@@ -64,6 +64,12 @@ def qwen_image(rows: int, columns: int) -> Piece:
     return Piece([IMAGE] * (rows * columns // 4), "image", None, data)
 
 
+def paddle_image(rows: int, columns: int) -> Piece:
+    pixels = RNG.standard_normal((rows * columns, 3, 4, 4)).astype(np.float32)
+    data = {"pixel_values": pixels, "image_grid_thw": np.array([1, rows, columns])}
+    return Piece([IMAGE] * (rows * columns // 4), "image", None, data)
+
+
 def qwen2_5_video(times: int, rows: int, columns: int) -> Piece:
     data = {
         "pixel_values_videos": qwen_patches(times, rows, columns),
@@ -126,6 +132,8 @@ def gemma4_audio() -> Piece:
 
 
 CASES = {
+    "paddleocr_vl": Case(paddle_image),
+    "qwen2_vl": Case(qwen_image),
     "qwen2_5_vl": Case(qwen_image, qwen2_5_video),
     "qwen3_vl": Case(qwen_image, qwen3_video),
     "qwen3_5": Case(qwen_image, qwen3_video),
@@ -187,6 +195,9 @@ def _make(name: str, path: Path) -> Family:
     torch.manual_seed(0)
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     reference = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config)).eval()
+    if name == "paddleocr_vl":
+        # transformers 5 stretches positions from corner to corner; vLLM, and transformers before, from edge to edge.
+        reference.model.visual.vision_model.embeddings.interpolation_align_corners = False
     with torch.no_grad():
         for parameter in reference.parameters():
             noise = torch.randn_like(parameter)

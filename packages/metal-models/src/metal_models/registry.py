@@ -9,6 +9,7 @@ from mlx_lm.utils import _get_classes as mlx_lm_classes
 
 from metal_kv.spec import KVCacheSpec
 from metal_models import interception
+from metal_models.adapters import wrapped_text
 from metal_models.config_names import reading_new_names
 from metal_models.encoders import build_encoder, is_encoder
 from metal_models.errors import MetalModelsError, UnsupportedModelError
@@ -37,6 +38,9 @@ _ADAPTED = {
     "youtu_llm",
 }
 
+# Architectures without a file in mlx-lm, around a language model that has one.
+_WRAPPED = {"aya_vision", "idefics3", "internvl", "llava", "llava_next", "paddleocr_vl", "smolvlm"}
+
 # Families whose code would run over the paged cache but compute something else: model file -> reason.
 _REFUSED = {
     "phi3small": "mlx-lm lets a token of its block-sparse layers see later ones, which no cache can repeat",
@@ -53,6 +57,8 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     """
     architecture = architecture_of(config)
     interception.install()
+    if architecture in _WRAPPED:
+        return wrapped_text.Model, reading_new_names(wrapped_text.ModelArgs)
     try:
         classes: tuple[type[nn.Module], type[Any]] = mlx_lm_classes(config)
     except ValueError as error:

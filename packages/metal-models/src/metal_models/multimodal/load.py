@@ -18,7 +18,9 @@ from metal_models.multimodal.towers import Towers
 _FAMILIES = {
     "gemma3": "gemma3",
     "gemma4": "gemma4",
+    "paddleocr_vl": "paddleocr_vl",
     "qwen2_5_vl": "qwen2_5_vl",
+    "qwen2_vl": "qwen2_vl",
     "qwen3_5": "qwen3_vl",
     "qwen3_5_moe": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",

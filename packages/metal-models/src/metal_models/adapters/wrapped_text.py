@@ -1,0 +1,87 @@
+"""Models of images or sound that mlx-lm has no file for, around a language model that it has one for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+from mlx_lm.utils import _get_classes as mlx_lm_classes
+
+from metal_models.config_names import reading_new_names
+
+# ``model_type`` of a text_config that names no file of mlx-lm -> the one that computes the same.
+_SAME = {"paddleocr_vl": "llama", "paddleocr_vl_text": "llama"}
+
+# How the names of an encoder's tensors begin, after "model.".
+_ENCODERS = (
+    "audio_tower.", "connector.", "image_newline", "mlp_AR.", "multi_modal_projector.", "vision_model.",
+    "vision_tower.", "visual.",
+)  # fmt: skip
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """Which model, and the config of the language model in it."""
+
+    model_type: str
+    text_config: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
+        """Return the arguments, with all values of a text_config that says only what is special."""
+        from transformers import AutoConfig
+
+        text = dict(params.get("text_config") or params)
+        kind = text.get("model_type", "llama")
+        if kind not in _SAME:
+            defaults = AutoConfig.for_model(kind).to_dict()
+            text = {name: value for name, value in defaults.items() if value is not None} | text
+        text["model_type"] = _SAME.get(kind, kind)
+        if text.get("use_bias"):
+            text["attention_bias"] = text["mlp_bias"] = True
+        if "tie_word_embeddings" in params:
+            text["tie_word_embeddings"] = params["tie_word_embeddings"]
+        return cls(params["model_type"], text)
+
+
+class Model(nn.Module):
+    """The language model, with a checkpoint of the whole."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        model_class, args_class = mlx_lm_classes(args.text_config)
+        self.language_model: Any = model_class(reading_new_names(args_class).from_dict(args.text_config))
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        """Return logits."""
+        logits: mx.array = self.language_model(inputs, cache=cache)
+        return logits
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return the language model's tensors, whatever the level that the checkpoint has them at."""
+        own = {}
+        for name, array in weights.items():
+            name = name.removeprefix("model.") if name.startswith(tuple(f"model.{e}" for e in _ENCODERS)) else name
+            if name.startswith(_ENCODERS):
+                continue
+            for level in ("model.language_model.", "model.text_model."):
+                if name.startswith(level):
+                    name = "model." + name.removeprefix(level)
+            own[name.removeprefix("language_model.")] = array
+        if hasattr(self.language_model, "sanitize"):
+            own = self.language_model.sanitize(own)
+        return {f"language_model.{name}": array for name, array in own.items()}
+
+    @property
+    def layers(self) -> Any:
+        """The language model's layers."""
+        return self.language_model.layers
+
+    def make_cache(self) -> Any:
+        """Return the caches that the language model wants."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self.language_model)
