@@ -12,6 +12,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from metal_kv import FullAttentionSpec, LatentSpec, RecurrentStateSpec, SlidingWindowSpec
 from metal_models import MetalModelsError, PagedModel, UnsupportedModelError
+from metal_models.encoders import FAMILIES
 from metal_models.registry import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,19 @@ mlx-lm also loads these types as another architecture: {aliases}.
 |---|---|---|
 {supported}
 
+## Encoders
+
+These take a prompt whole and keep nothing of it: they embed, classify and rerank (`vllm serve`, which finds out by
+itself that they pool), and are compared with transformers' models. Safetensors, MLX's quantised form and PyTorch's
+`.bin` files are read, the last without PyTorch and without running what a pickle may hold.
+
+| `model_type` | `architectures` |
+|---|---|
+{encoders}
+
+BGE-M3's sparse and multi-vector embeddings are served, beside the dense one, under
+`--hf-overrides '{{"architectures": ["BgeM3EmbeddingModel"]}}'`.
+
 ## Not supported
 
 | architecture | reason |
@@ -69,12 +83,19 @@ def main() -> int:
         version=version("mlx-lm"),
         aliases=aliases,
         supported="\n".join(supported),
+        encoders="\n".join(f"| {model_type} | {heads(model_type)} |" for model_type in sorted(FAMILIES)),
         refused="\n".join(refused),
     )
     if "--check" in sys.argv[1:]:
         return int(PAGE.read_text() != page)
     PAGE.write_text(page)
     return 0
+
+
+def heads(model_type: str) -> str:
+    """Name what a family may have on top."""
+    tasks = "`…Model`, `…ForSequenceClassification`, `…ForTokenClassification`"
+    return f"{tasks}, `BgeM3EmbeddingModel`" if model_type == "xlm-roberta" else tasks
 
 
 def attention(model: PagedModel) -> str:

@@ -91,3 +91,29 @@ def test_a_chip_says_how_fast_its_memory_lets_one_request_decode(hub, capsys):
     assert main([*chip, "--memory", "24GB"]) == 2
     assert "36GB, 48GB, 64GB, 128GB" in capsys.readouterr().err
     assert main(["plan", "hf://org/qwen", "--chip", "Z80", "--memory", "24GB"]) == 2
+
+
+ENCODER = {
+    "model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "hidden_size": 64, "num_hidden_layers": 2,
+    "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 256, "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}  # fmt: skip
+
+
+def test_an_encoder_has_no_cache(hub, capsys):
+    weights = b"x" * 300_000
+    hub.add("org/encoder", {"config.json": json.dumps(ENCODER).encode(), "pytorch_model.bin": weights})
+    assert main(["plan", "hf://org/encoder", "--json", "--memory", "16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["weight_bytes"], found["kv_cache_bytes"], found["options"]) == (len(weights), 0, [])
+    assert (found["context"], found["trained_context"], found["fits"]) == (512, 512, True)
+    assert main(["plan", "hf://org/encoder", "--memory", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "none: prompts are computed whole" in shown
+    assert "--max-model-len 512" in shown
+
+
+def test_an_encoder_that_does_not_fit(hub, capsys):
+    hub.add("org/encoder", {"config.json": json.dumps(ENCODER).encode(), "pytorch_model.bin": b"x"})
+    assert main(["plan", "hf://org/encoder", "--memory", "1"]) == 1
+    assert "weights of" in capsys.readouterr().err

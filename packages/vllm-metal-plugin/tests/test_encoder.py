@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from vllm import LLM
+from vllm import LLM, PoolingParams
 from vllm.exceptions import VLLMClientError
 
 TEXTS = ["w5 w9 w17", "w40 w41 " * 25, "w4", "w7 w8 w9 w10 w11"]
@@ -165,7 +165,8 @@ def test_bge_m3_has_three_kinds_of_embeddings(engine: Callable[..., LLM], tmp_pa
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     llm = engine(hf_overrides={"architectures": ["BgeM3EmbeddingModel"]}, pooler_config={"task": task})
-    for output, text in zip(llm.encode(TEXTS, pooling_task=task, use_tqdm=False), TEXTS, strict=True):
+    outputs = llm.encode(TEXTS, PoolingParams(use_activation=True), pooling_task=task, use_tqdm=False)
+    for output, text in zip(outputs, TEXTS, strict=True):
         hidden = torch.from_numpy(rows(model, ids_of(text)))
         with torch.no_grad():
             dense, weights = unit(hidden[0].numpy()), sparse(hidden).relu()[1:-1, 0].numpy()

@@ -184,7 +184,7 @@ def test_failing_step_ends_its_requests_and_not_the_engine(engine: Callable[...,
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     forward = worker.model.forward
 
-    def out_of_memory(*args: Any) -> Any:
+    def out_of_memory(*args: Any, **kwargs: Any) -> Any:
         worker.model.forward = forward
         raise RuntimeError("[metal::malloc] Attempting to allocate too much")
 

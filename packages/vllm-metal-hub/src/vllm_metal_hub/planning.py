@@ -67,7 +67,8 @@ class CacheOption:
 class Plan:
     """Figures in bytes and tokens; ``context`` is the longest single request, at most what the model was made for.
 
-    ``options`` are the same with other formats of the cache; ``breakdown`` is the line that the server prints.
+    ``options`` are the same with other formats of the cache, none for an encoder, which has none; ``breakdown`` is the
+    line that the server prints.
     ``decode_bounds`` are the tokens/s of one request, with an empty cache and at full length, that reading weights and
     cache once a token allows; None where the chip is not known, or not all weights are read.
     """
@@ -102,7 +103,8 @@ def plan(options: argparse.Namespace) -> int:
         print(json.dumps(as_json(found), indent=2))
     else:
         console.print(table(found))
-        console.print(options_table(found))
+        if found.options:
+            console.print(options_table(found))
         console.print(found.breakdown, style="dim", soft_wrap=True)
         console.print(f"vllm-metal serve {command_line(options.ref, found, machine)}", soft_wrap=True)
     if not found.fits:
@@ -112,6 +114,11 @@ def plan(options: argparse.Namespace) -> int:
 
 def no_room(found: Plan) -> str:
     """What to tell someone whose model does not fit."""
+    if not found.options:
+        return (
+            f"[plan] expected room for the weights of {found.model} and one step, got "
+            f"{bytes_text(found.usable_memory_bytes)}. Choose a smaller model, or raise VLLM_METAL_MEMORY_FRACTION."
+        )
     return (
         f"[plan] expected room for the cache of one request to {found.model}, got "
         f"{bytes_text(max(found.kv_cache_bytes, 0))}. "
@@ -170,7 +177,7 @@ def _weight_bytes(text: str, revision: str | None, small: LocalSnapshot, on_even
     if small.path.is_file():
         names = {entry.path for entry in small.files if is_weight(entry.path)} or {small.path.name}
         return sum((small.path.parent / Path(name).name).stat().st_size for name in names), 0
-    here = sum(path.stat().st_size for kind in ("safetensors", "gguf") for path in small.path.glob(f"*.{kind}"))
+    here = _sizes(small.path, "*.safetensors", "*.gguf") or _sizes(small.path, "pytorch_model*.bin")
     if here or small.source == "local":
         return here, 0
     sizes = sum(entry.size for entry in small.files if not is_weight(entry.path))
@@ -178,9 +185,18 @@ def _weight_bytes(text: str, revision: str | None, small: LocalSnapshot, on_even
     return int(listed) - sizes, int(listed)
 
 
+def _sizes(directory: Path, *patterns: str) -> int:
+    return sum(path.stat().st_size for pattern in patterns for path in directory.glob(pattern))
+
+
 def _divide(
     name: str, config: dict[str, Any], weights: int, fetch: int, settings: HubSettings, machine: Machine
 ) -> Plan:
+    from metal_models.encoders import is_encoder
+
+    free_disk = shutil.disk_usage(_existing(settings.hf_cache)).free
+    if is_encoder(config):
+        return _encoder(name, config, weights, fetch, free_disk, machine)
     budgets = {cache: _budget(config, weights, cache, machine) for cache in CACHE_DTYPES}
     trained = int(config.get("max_position_embeddings") or 0)
     options = tuple(
@@ -195,10 +211,28 @@ def _divide(
     budget, blocks = planned
     longest = options[0].context
     return Plan(
-        name, fetch, shutil.disk_usage(_existing(settings.hf_cache)).free, weights, budget.usable, budget.kv_budget,
-        budget.max_tokens_cached, longest, trained, options, str(budget),
+        name, fetch, free_disk, weights, budget.usable, budget.kv_budget, budget.max_tokens_cached, longest, trained,
+        options, str(budget),
         _decode_bounds(config, weights, blocks(longest) * budget.per_block_bytes, machine),
     )  # fmt: skip
+
+
+def _encoder(name: str, config: dict[str, Any], weights: int, fetch: int, free_disk: int, machine: Machine) -> Plan:
+    """A model that takes prompts whole and caches nothing: it fits if its weights and one step do."""
+    from metal_models import MetalModelsError
+    from metal_models.encoders import max_length
+
+    try:
+        longest = max_length(config)
+    except MetalModelsError as error:
+        raise HubError(str(error)) from error
+    limit, fraction, _ = _memory(machine)
+    usable = int(limit * fraction)
+    context = min(machine.max_model_len or longest, longest) if weights + STEP_BYTES <= usable else 0
+    left = bytes_text(max(0, usable - weights - STEP_BYTES))
+    return Plan(
+        name, fetch, free_disk, weights, usable, 0, 0, context, longest, (), f"Encoder: {left} left; no KV cache"
+    )
 
 
 def _decode_bounds(config: dict[str, Any], weights: int, cache: int, machine: Machine) -> tuple[float, float] | None:
@@ -215,34 +249,47 @@ def _budget(
     from metal_kv import MemoryBudget, SpecError, bytes_per_block, max_blocks_per_request
     from metal_models import MetalModelsError
     from metal_models.capacity import cache_groups
-    from vllm_metal_plugin import device, memory
+    from vllm_metal_plugin import memory
     from vllm_metal_plugin.cache_formats import VLLM_NAMES
-    from vllm_metal_plugin.envs import read_envs
 
-    envs = read_envs()
-    target = device.select_device(envs)
-    on_cpu = target == "cpu" and machine.memory_bytes is None
+    limit, fraction, bounded = _memory(machine)
     element = VLLM_NAMES[cache]
+    on_cpu = _on_cpu(machine)
     try:
         groups = cache_groups(config, dtype=_dtype(config, on_cpu), block_size=BLOCK_SIZE, key=element, value=element)
     except MetalModelsError as error:
         raise HubError(str(error)) from error
     except SpecError:
         return None
-    fraction = envs.memory_fraction or machine.fraction
-    limit = device.free_memory_bytes() if on_cpu else device.total_memory_bytes(target)
-    if machine.memory_bytes is not None:
-        limit = metal_share(machine.memory_bytes)
     budget = MemoryBudget.plan(
         limit,
-        fraction or (memory.CPU_FRACTION if on_cpu else memory.DEFAULT_FRACTION),
+        fraction,
         model_memory=weights,
         overhead=STEP_BYTES,
         per_block_bytes=bytes_per_block(groups),
         block_size=BLOCK_SIZE,
-        kv_budget_limit=memory.CPU_KV_CACHE_BYTES if on_cpu and fraction is None else None,
+        kv_budget_limit=memory.CPU_KV_CACHE_BYTES if bounded else None,
     )
     return budget, lambda num_tokens: max_blocks_per_request(groups, num_tokens, STEP_TOKENS)
+
+
+def _on_cpu(machine: Machine) -> bool:
+    from vllm_metal_plugin import device
+
+    return device.select_device() == "cpu" and machine.memory_bytes is None
+
+
+def _memory(machine: Machine) -> tuple[int, float, bool]:
+    """Bytes to plan with, the server's share of them, and whether that is a CPU's, which bounds the cache, too."""
+    from vllm_metal_plugin import device, memory
+    from vllm_metal_plugin.envs import read_envs
+
+    asked = read_envs().memory_fraction or machine.fraction
+    on_cpu = _on_cpu(machine)
+    limit = device.free_memory_bytes() if on_cpu else device.total_memory_bytes(device.select_device())
+    if machine.memory_bytes is not None:
+        limit = metal_share(machine.memory_bytes)
+    return limit, asked or (memory.CPU_FRACTION if on_cpu else memory.DEFAULT_FRACTION), on_cpu and asked is None
 
 
 def _at_once(budget: "MemoryBudget", num_tokens: int, blocks: Callable[[int], int]) -> int:
@@ -279,7 +326,8 @@ def table(found: Plan) -> Table:
     rows.add_row("memory to use", bytes_text(found.usable_memory_bytes))
     rows.add_row("weights", bytes_text(found.weight_bytes))
     rows.add_row("one step", f"{bytes_text(STEP_BYTES)} assumed; measured at start")
-    rows.add_row("KV cache", f"{bytes_text(max(found.kv_cache_bytes, 0))}: {found.kv_cache_tokens:,} tokens")
+    cache = f"{bytes_text(max(found.kv_cache_bytes, 0))}: {found.kv_cache_tokens:,} tokens"
+    rows.add_row("KV cache", cache if found.options else "none: prompts are computed whole, for embeddings and scores")
     trained = f" of the {found.trained_context:,} it was trained for" if found.trained_context else ""
     rows.add_row("context", f"{found.context:,} tokens{trained}")
     if found.decode_bounds is not None:
@@ -303,7 +351,8 @@ def command_line(ref: str, found: Plan, machine: Machine) -> str:
     """What follows ``vllm-metal serve`` for the first format that holds a request of the length that is wanted."""
     wanted = machine.max_model_len or found.trained_context
     fitting = next((option for option in found.options if option.context >= wanted), None)
-    chosen = fitting or max(found.options, key=lambda option: option.context)
+    encoder = CacheOption("auto", 0, found.context, 0)
+    chosen = fitting or max(found.options, key=lambda option: option.context, default=encoder)
     words = [ref, f"--max-model-len {min(wanted, chosen.context) if wanted else chosen.context}"]
     if chosen.cache_dtype != "auto":
         words.append(f"--kv-cache-dtype {chosen.cache_dtype}")
