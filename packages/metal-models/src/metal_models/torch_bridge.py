@@ -1,17 +1,18 @@
-"""Arrays between MLX and torch on the CPU, from the same memory where both can name the element type."""
+"""Arrays between MLX and torch, over the same memory where both can reach it; needs ``metal-models[torch]``."""
 
 import mlx.core as mx
 import numpy as np
 import torch
 
-# Element types that NumPy, whose buffers both libraries take, has no name for.
+# Element types that NumPy, whose buffers torch takes, has no name for.
 _UNNAMED = ((mx.bfloat16, torch.bfloat16),)
 
 
 def to_torch(array: mx.array) -> torch.Tensor:
-    """Return a tensor over the memory of ``array``, which is computed first.
+    """Return a tensor on the CPU over the memory of ``array``, which is computed first.
 
-    Nothing may write to the tensor: MLX takes its arrays for constant. An array that is not contiguous is copied.
+    Nothing may write to the tensor: MLX takes its arrays for constant. An array that is not contiguous keeps its
+    strides.
     """
     for mlx_dtype, torch_dtype in _UNNAMED:
         if array.dtype == mlx_dtype:
@@ -21,9 +22,10 @@ def to_torch(array: mx.array) -> torch.Tensor:
 
 
 def to_mlx(tensor: torch.Tensor) -> mx.array:
-    """Return an array with the elements of a tensor; MLX owns its memory, so they are copied once."""
-    tensor = tensor.detach().cpu()
-    for mlx_dtype, torch_dtype in _UNNAMED:
-        if tensor.dtype == torch_dtype:
-            return mx.array(tensor.contiguous().view(torch.uint16).numpy()).view(mlx_dtype)
-    return mx.array(tensor.numpy())
+    """Return an array with the elements of a tensor, float64 as float32.
+
+    It is over the tensor's memory where that is the memory of MLX's device, and nothing may write to the tensor then.
+    Memory of the CPU, which MLX has to own, is copied once.
+    """
+    array: mx.array = mx.from_dlpack(tensor.detach())
+    return array

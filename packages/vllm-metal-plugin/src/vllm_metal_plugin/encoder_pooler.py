@@ -11,8 +11,8 @@ from vllm.model_executor.layers.pooler.seqwise import get_seq_pooling_method, po
 from vllm.model_executor.layers.pooler.tokwise import AllPool, pooler_for_token_classify, pooler_for_token_embed
 
 from metal_models import EncoderModel
+from metal_models.torch_bridge import to_torch
 from vllm_metal_plugin.errors import ModelFilesError
-from vllm_metal_plugin.tensor_bridge import to_torch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

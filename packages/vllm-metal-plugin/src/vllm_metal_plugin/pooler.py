@@ -9,8 +9,8 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.pooler import DispatchPooler, Pooler
 
 from metal_models import PagedModel
+from metal_models.torch_bridge import to_torch
 from vllm_metal_plugin.errors import ModelFilesError
-from vllm_metal_plugin.tensor_bridge import to_torch
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

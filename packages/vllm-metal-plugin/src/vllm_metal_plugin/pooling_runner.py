@@ -11,11 +11,11 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.pool.late_interaction_runner import LateInteractionRunner
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from metal_models.torch_bridge import to_torch
 from vllm_metal_plugin.forward_pass import ForwardPass
 from vllm_metal_plugin.input_batch import InputBatch, RequestState
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.step_inputs import StepInputs, build_step_inputs
-from vllm_metal_plugin.tensor_bridge import to_torch
 from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
 
 if TYPE_CHECKING:

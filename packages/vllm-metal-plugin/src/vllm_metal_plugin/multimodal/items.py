@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from metal_models.multimodal import MultimodalItem
-from vllm_metal_plugin.tensor_bridge import to_mlx
+from metal_models.torch_bridge import to_mlx
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
