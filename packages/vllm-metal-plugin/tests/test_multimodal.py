@@ -280,5 +280,5 @@ def test_language_model_alone(
     llm = engine(**options)
     assert worker_of(llm).towers is None
     assert tokens_of(ask(llm, PROMPTS[1:2])) == [expected(PROMPTS[1])]
-    with pytest.raises(ValueError, match=r"image|[Mm]ulti-?modal"):
+    with pytest.raises(ValueError, match="text"):
         ask(llm, PROMPTS[:1])

@@ -68,6 +68,18 @@ def test_device_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.manual_seed_all(1) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [("image=0,audio=2", {"image": 0, "audio": 2}), ('{"image": {"count": 1}}', {"image": {"count": 1}})],
+)
+def test_limits_of_items_have_a_short_form(text: str, limits: object) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert parser.parse_args(["--limit-mm-per-prompt", text]).limit_mm_per_prompt == limits
+
+
 def test_cpu_computes_in_float32() -> None:
     from metal_kernels import target
 

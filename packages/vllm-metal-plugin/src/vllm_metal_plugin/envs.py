@@ -136,8 +136,10 @@ TABLE: tuple[EnvVar, ...] = (
         "VLLM_METAL_MULTIMODAL_MODE", "multimodal_mode",
         _one_of("auto", "text-only-compat", "multimodal-native"),
         "auto, text-only-compat or multimodal-native", "auto", "auto",
-        "How checkpoints with a vision or audio part are served: `auto` and `text-only-compat` serve "
-        "the language model alone.",
+        "How checkpoints with a vision or audio part are served. `auto` takes images, video and sound where their "
+        "encoder is supported, and serves the language model of Gemma 4, Qwen3.5 and Qwen3.6 alone where it is not; "
+        "`text-only-compat` serves any language model alone; `multimodal-native` ends the launch where there is no "
+        "encoder.",
     ),
     EnvVar(
         "VLLM_USE_MODELSCOPE", "use_modelscope", _flag, _BOOL, "False", False,
@@ -160,7 +162,8 @@ TABLE: tuple[EnvVar, ...] = (
     ),
     EnvVar(
         "VLLM_METAL_GDN_LAZY_KERNELS", "gdn_lazy_kernels", _flag, _BOOL, "1", True,
-        "Use the GPU kernels for gated-delta-net layers where they apply.",
+        "Compute decode steps of gated-delta-net models with the GPU kernel that changes states in their pages, "
+        "where it applies. With 0 they run on the model's own operations, over states copied out of pages and back.",
     ),
     EnvVar(
         "VLLM_METAL_MLA_KERNEL", "mla_kernel", _optional_flag, "auto, 0 or 1", "auto", None,

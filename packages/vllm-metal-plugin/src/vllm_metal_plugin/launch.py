@@ -1,6 +1,8 @@
 """What happens to vLLM's engine arguments before a configuration is built from them."""
 
+import re
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -71,6 +73,7 @@ def choose_modalities(engine_args: Any, directory: str) -> None:
     from vllm_metal_plugin.envs import read_envs
     from vllm_metal_plugin.log import metal_logger
     from vllm_metal_plugin.multimodal.mode import limits, serving
+    from vllm_metal_plugin.upstream_fixes import text_only_reason
 
     if engine_args.language_model_only:
         return
@@ -79,8 +82,28 @@ def choose_modalities(engine_args: Any, directory: str) -> None:
     if served.reason is not None:
         metal_logger(__name__).info("Serving the language model alone: %s", served.reason)
         engine_args.language_model_only = True
+        text_only_reason.install(served.reason)
     elif served.modalities:
         engine_args.limit_mm_per_prompt = limits(asked, served.modalities)
+
+
+def accept_short_limits(parser: Any) -> None:
+    """Let ``--limit-mm-per-prompt image=0,audio=0`` mean what it did before vLLM took only JSON; safe to repeat."""
+    for action in parser._actions:  # noqa: SLF001  argparse has no other way to find an option
+        if "--limit-mm-per-prompt" in action.option_strings and not isinstance(action.type, _ShortLimits):
+            action.type = _ShortLimits(action.type)
+
+
+class _ShortLimits:
+    """Parses a list of counts, and leaves other texts to vLLM's parser."""
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self._parse = parse
+
+    def __call__(self, text: str) -> Any:
+        if re.fullmatch(r"\w+=\d+(,\w+=\d+)*", text):
+            return {name: int(count) for name, _, count in (part.partition("=") for part in text.split(","))}
+        return self._parse(text)
 
 
 def smaller_batch_defaults(tokens: dict[Any, int], seqs: dict[Any, int]) -> tuple[dict[Any, int], dict[Any, int]]:

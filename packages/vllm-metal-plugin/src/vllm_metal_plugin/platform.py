@@ -116,6 +116,14 @@ class MetalPlatform(Platform):  # type: ignore[misc]
         """Nothing here: the worker plans pages from the states that the MLX model keeps."""
 
     @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """Let the command line take vLLM's former short form of limits."""
+        from vllm_metal_plugin.launch import accept_short_limits
+
+        if parser is not None:
+            accept_short_limits(parser)
+
+    @classmethod
     def validate_request(cls, processed_inputs: Any, params: Any) -> None:
         """Refuse a request that the runner cannot compute; the client gets HTTP 400 with the reason."""
         from vllm_metal_plugin.request_checks import check_request
