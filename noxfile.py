@@ -23,7 +23,7 @@ LAYERS = {
 TEST_EXTRAS = {
     "metal-kernels": {"metal-kernels": "cpu,simulator"},
     "metal-models": {"metal-models": "multimodal,torch"},
-    "vllm-metal-plugin": {"metal-models": "multimodal"},
+    "vllm-metal-plugin": {"metal-models": "multimodal", "vllm-metal-plugin": "multimodal"},
 }
 NEEDS_VLLM = ("vllm-metal-plugin", "vllm-metal-hub")
 PYTHON = "3.11"

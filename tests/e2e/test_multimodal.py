@@ -16,9 +16,6 @@ from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-pytest.importorskip("mlx_vlm")
-pytest.importorskip("torchvision")
-
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
 IMAGE = 8
