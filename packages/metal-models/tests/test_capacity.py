@@ -1,13 +1,15 @@
 """What a plan says from a config alone is what the pool then takes."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from metal_kv import CacheLayout, KVCachePool, LatentSpec, MemoryBudget, RecurrentStateSpec, SpecError, bytes_per_block
 from metal_models import UnsupportedModelError
-from metal_models.capacity import cache_groups
+from metal_models.capacity import cache_groups, converted_weight_bytes
 
 FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.json"))
 FORMATS = [(mx.bfloat16, None), (mx.bfloat16, "int8")]
@@ -53,3 +55,27 @@ def test_the_models_dtype_is_the_caches(lab):
 def test_latents_and_states_are_planned(lab, name, kind):
     groups = cache_groups(lab.read_config(name), dtype=mx.bfloat16)
     assert any(isinstance(spec, kind) for group in groups for spec in group.specs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits_per_weight"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 16),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, 8.25),
+        ({"quant_method": "awq", "group_size": 32}, 5),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False}, 8.25),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4.25),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, 16),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 16),
+    ],
+)
+def test_converted_weights(lab: SimpleNamespace, settings: dict[str, Any], bits_per_weight: float) -> None:
+    config = lab.read_config("qwen3") | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    linear = 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
+    rest = 2 * 128 * 128 + 128 + 4 * (2 * 128 + 2 * 32)
+    expected = converted_weight_bytes(config | {"quantization_config": settings}, dtype=mx.bfloat16)
+    assert expected == linear * bits_per_weight / 8 + 2 * rest
+
+
+def test_other_weights_are_as_they_are_stored(lab: SimpleNamespace) -> None:
+    assert converted_weight_bytes(lab.read_config("qwen3"), dtype=mx.bfloat16) is None

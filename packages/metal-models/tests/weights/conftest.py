@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from metal_models import PagedModel, load
+from metal_models.loader import weight_bytes
 
 Tensors = dict[str, np.ndarray]
 # From a float matrix: the tensors that a format stores for it, by the ending of their names, and its values then.
@@ -67,6 +68,7 @@ class Checkpoints:
     def same(self, quantised: Path, floats: Path, *, tolerance: float = 2e-5) -> PagedModel:
         """Load both in float32, and compare logits and what is generated over pages with mlx-lm's tokens."""
         model, reference = load(quantised, dtype=mx.float32), load(floats)
+        assert weight_bytes(quantised, dtype=mx.float32) == model.nbytes
         (prompt,) = self._lab.prompts(model.vocab_size, (13,))
         ids = mx.array([prompt])
         expected = np.array(reference.module(ids))

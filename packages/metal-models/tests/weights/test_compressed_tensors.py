@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from metal_models import CheckpointError, MetalModelsError, load
+from metal_models.capacity import converted_weight_bytes
+from metal_models.checkpoint import read_config
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -59,8 +61,10 @@ def packed(weight: np.ndarray, bits: int, group: int, symmetric: bool = True) ->
 def test_packed_integers(checkpoints: Any, bits: int, group: int, symmetric: bool) -> None:
     method = settings("pack-quantized", num_bits=bits, strategy="group", group_size=group, symmetric=symmetric)
     paths = checkpoints.pair(method, lambda _, weight: packed(weight, bits, group, symmetric))
-    layer = checkpoints.same(*paths).module.layers[0].mlp.gate_proj
+    model = checkpoints.same(*paths)
+    layer = model.module.layers[0].mlp.gate_proj
     assert (layer.bits, layer.group_size, layer.mode) == (bits, group, "affine")
+    assert converted_weight_bytes(read_config(paths[0]), dtype=mx.float32) == pytest.approx(model.nbytes, rel=0.02)
 
 
 def test_a_scale_for_each_row(checkpoints: Any) -> None:
@@ -80,7 +84,10 @@ def test_groups_for_some_layers(checkpoints: Any) -> None:
             return {".weight": mx.array(weight)}, weight
         return packed(weight, 8 if "down" in name else 4, 64)
 
-    layers = checkpoints.same(*checkpoints.pair(method, mixed)).module.layers
+    paths = checkpoints.pair(method, mixed)
+    model = checkpoints.same(*paths)
+    assert converted_weight_bytes(read_config(paths[0]), dtype=mx.float32) == pytest.approx(model.nbytes, rel=0.02)
+    layers = model.module.layers
     assert (layers[0].mlp.down_proj.bits, layers[0].mlp.up_proj.bits) == (8, 4)
     assert not hasattr(layers[1].mlp.up_proj, "bits")
 

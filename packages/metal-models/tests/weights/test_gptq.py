@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from metal_models import CheckpointError, MetalModelsError, load
+from metal_models.capacity import converted_weight_bytes
+from metal_models.checkpoint import read_config
+from metal_models.loader import weight_bytes
 
 METHOD = {"quant_method": "gptq"}
 
@@ -57,6 +60,17 @@ def test_codes_stay_packed(checkpoints: Any, bits: int, group: int) -> None:
     paths = checkpoints.pair(METHOD | {"bits": bits}, lambda _, weight: quantize(weight, bits, group))
     layer = checkpoints.same(*paths).module.layers[0].self_attn.q_proj
     assert (layer.bits, layer.group_size, layer.mode) == (bits, group, "affine")
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (8, 32), (3, 64)])
+def test_bytes_are_known_from_the_config(checkpoints: Any, bits: int, group: int) -> None:
+    settings = METHOD | {"bits": bits, "group_size": group}
+    path, _ = checkpoints.pair(settings, lambda _, weight: quantize(weight, bits, group))
+    model = load(path, dtype=mx.float16)
+    assert converted_weight_bytes(read_config(path), dtype=mx.float16) == pytest.approx(model.nbytes, rel=0.02)
+    assert load(path, dtype=mx.float32, expand_to_bytes=1 << 30).nbytes == weight_bytes(
+        path, dtype=mx.float32, expand_to_bytes=1 << 30
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

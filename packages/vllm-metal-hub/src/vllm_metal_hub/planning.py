@@ -16,6 +16,7 @@ from vllm_metal_hub.chips import bandwidth
 from vllm_metal_hub.errors import HubError, UsageError
 from vllm_metal_hub.events import OnEvent, silent
 from vllm_metal_hub.file_selection import is_weight
+from vllm_metal_hub.held_weights import held_bytes
 from vllm_metal_hub.model_ref import parse
 from vllm_metal_hub.pull_display import PullDisplay
 from vllm_metal_hub.resolver import list_files, resolve
@@ -154,9 +155,11 @@ def make_plan(
     config_path = _configuration(small.path)
     if config_path is None:
         raise UsageError(f"[plan] expected a model with a config.json, got {text}. Pull it first: vllm-metal pull.")
-    weights, fetch = _weight_bytes(text, revision, small, on_event)
-    return _divide(name or parse(text).label, json.loads(config_path.read_text()), weights, fetch, settings,
-                   machine or Machine(fraction=fraction))  # fmt: skip
+    config = json.loads(config_path.read_text())
+    stored, fetch = _weight_bytes(text, revision, small, on_event)
+    machine = machine or Machine(fraction=fraction)
+    weights = _held_bytes(small.path, config, stored, machine)
+    return _divide(name or parse(text).label, config, weights, fetch, settings, machine)
 
 
 def _configuration(path: Path) -> Path | None:
@@ -183,6 +186,16 @@ def _weight_bytes(text: str, revision: str | None, small: LocalSnapshot, on_even
     sizes = sum(entry.size for entry in small.files if not is_weight(entry.path))
     listed = list_files(text, revision=revision, on_event=on_event)["bytes"]
     return int(listed) - sizes, int(listed)
+
+
+def _held_bytes(path: Path, config: dict[str, Any], stored: int, machine: Machine) -> int:
+    """Bytes of the weights in the server's memory."""
+    from vllm_metal_plugin import memory
+
+    on_cpu = _on_cpu(machine)
+    dtype = _dtype(config, on_cpu)
+    limit = memory.expanded_weights_limit("cpu", dtype) if on_cpu else 0
+    return held_bytes(path, config, stored, dtype=dtype, expand_to_bytes=limit)
 
 
 def _sizes(directory: Path, *patterns: str) -> int:

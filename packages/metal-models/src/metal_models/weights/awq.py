@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from metal_models.errors import MetalModelsError
 from metal_models.weights.bits import unpack
-from metal_models.weights.parts import Format, Parts
+from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import IntegerWeight
 
 _BITS = 4
@@ -24,6 +24,10 @@ def _check(settings: Mapping[str, Any]) -> None:
             f"[load] expected AWQ weights of version gemm with 4 bits, got version {version} with {bits}. "
             "Use another quantisation of the model."
         )
+
+
+def _kept(_: str, settings: Mapping[str, Any]) -> MLXForm | None:
+    return MLXForm.affine(_BITS, settings.get("group_size", settings.get("q_group_size", 128)))
 
 
 def _read(parts: Parts, settings: Mapping[str, Any]) -> IntegerWeight:
@@ -43,4 +47,4 @@ def _rows_of(words: mx.array) -> UInt8[mx.array, "rows columns"]:
     return codes[..., mx.array(_PLACES)].reshape(words.shape[0], -1).T
 
 
-AWQ = Format((".qweight",), (".scales",), (".qzeros",), ".weight", _read, _check)
+AWQ = Format((".qweight",), (".scales",), (".qzeros",), ".weight", _read, _kept, _check)

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from metal_models.errors import MetalModelsError
 from metal_models.weights.bits import unpack_padded
 from metal_models.weights.fp8 import float8, scale_values
-from metal_models.weights.parts import Format, Parts
+from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import Float4Weight, IntegerWeight, StoredWeight
 
 _REFUSED_FORMATS = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")
@@ -58,6 +58,14 @@ def _names(target: str, module: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), module) is not None
     return module == target or module.endswith(f".{target}")
+
+
+def _kept(module: str, settings: Mapping[str, Any]) -> MLXForm | None:
+    scheme = _scheme(module, settings)
+    bits, group_size = int(scheme.get("num_bits") or 4), scheme.get("group_size")
+    if scheme.get("type", "int") == "int":
+        return None if scheme.get("actorder") == "group" else MLXForm.affine(bits, group_size)
+    return MLXForm(bits, 32, f"mxfp{bits}") if group_size == 32 else None
 
 
 def _read(parts: Parts, settings: Mapping[str, Any]) -> StoredWeight:
@@ -143,5 +151,6 @@ COMPRESSED_TENSORS = Format(
     (".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale"),
     ".weight",
     _read,
+    _kept,
     _check,
 )

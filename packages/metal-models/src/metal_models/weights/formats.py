@@ -1,6 +1,7 @@
 """Which format a checkpoint's quantised weights are in, by its ``quantization_config``."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,17 @@ class CheckpointFormat:
     method: str
     format: Format
     settings: Mapping[str, Any]
+
+    def leaves_out(self, module: str) -> bool:
+        """Whether the settings name a module, as its model does in mlx-lm, among those with float weights."""
+        if module.endswith("lm_head"):
+            return not self.settings.get("lm_head", False)
+        names = [*(self.settings.get("ignore") or ()), *(self.settings.get("modules_to_not_convert") or ())]
+        named = module.replace(".switch_mlp.", ".experts.0.")
+        return any(
+            re.match(name.removeprefix("re:"), named) is not None if name.startswith("re:") else name in named
+            for name in names
+        )
 
 
 def format_of(config: Mapping[str, Any], directory: Path | None = None) -> CheckpointFormat | None:

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.errors import MetalModelsError
-from metal_models.weights.parts import Format, Parts
+from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import Float8Weight
 
 _SCALES = ("_scale_inv", "_scale")
@@ -17,6 +17,10 @@ def _check(settings: Mapping[str, Any]) -> None:
     kind = str(settings.get("fmt", "e4m3")).lower()
     if not kind.startswith(("e4m3", "float8_e4m3")):
         raise MetalModelsError(f"[load] expected FP8 weights of format e4m3, got {kind}. Use another quantisation.")
+
+
+def _kept(_: str, settings: Mapping[str, Any]) -> MLXForm | None:
+    return MLXForm(8, 32, "mxfp8") if settings.get("scale_fmt") == "ue8m0" else None
 
 
 def _read(parts: Parts, settings: Mapping[str, Any]) -> Float8Weight:
@@ -66,4 +70,4 @@ def _unsqueezed(factors: mx.array, values: mx.array) -> mx.array:
     return factors[..., None]
 
 
-FP8 = Format(("",), _SCALES, (), "", _read, _check)
+FP8 = Format(("",), _SCALES, (), "", _read, _kept, _check)

@@ -8,7 +8,7 @@ import numpy as np
 
 from metal_models.errors import MetalModelsError
 from metal_models.weights.bits import unpack
-from metal_models.weights.parts import Format, Parts
+from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import IntegerWeight
 
 _BITS = (2, 3, 4, 8)
@@ -27,6 +27,11 @@ def _check(settings: Mapping[str, Any]) -> None:
 def _checkpoint_format(settings: Mapping[str, Any]) -> str:
     marlin = settings.get("is_marlin_format")
     return "marlin" if marlin else str(settings.get("checkpoint_format") or "gptq")
+
+
+def _kept(_: str, settings: Mapping[str, Any]) -> MLXForm | None:
+    mixed = settings.get("desc_act") and not settings.get("static_groups")
+    return None if mixed else MLXForm.affine(int(settings.get("bits", 4)), settings.get("group_size", 128))
 
 
 def _read(parts: Parts, settings: Mapping[str, Any]) -> IntegerWeight:
@@ -60,4 +65,4 @@ def _column_groups(parts: Parts, columns: int, settings: Mapping[str, Any]) -> m
     return mx.array(group_of.astype(np.int32))
 
 
-GPTQ = Format((".qweight",), (".scales",), (".qzeros", ".g_idx"), ".weight", _read, _check)
+GPTQ = Format((".qweight",), (".scales",), (".qzeros", ".g_idx"), ".weight", _read, _kept, _check)

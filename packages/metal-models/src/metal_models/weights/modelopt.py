@@ -31,4 +31,4 @@ def _read(parts: Parts, settings: Mapping[str, Any]) -> StoredWeight:
     return Float4Weight(codes, scales, "nvfp4", factor.astype(mx.float32))
 
 
-MODELOPT = Format((".weight",), (".weight_scale",), (".weight_scale_2",), ".weight", _read, _check)
+MODELOPT = Format((".weight",), (".weight_scale",), (".weight_scale_2",), ".weight", _read, lambda *_: None, _check)

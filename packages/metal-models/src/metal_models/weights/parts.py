@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.errors import CheckpointError
-from metal_models.weights.stored import StoredWeight
+from metal_models.weights.bits import PACKED_BITS
+from metal_models.weights.stored import GROUP_SIZES, StoredWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,22 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class MLXForm:
+    """The arguments of ``mx.quantize``."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @classmethod
+    def affine(cls, bits: int, group_size: int | None) -> "MLXForm | None":
+        """Return the form of codes with a scale for so many columns, or for a row; None where MLX has none."""
+        width = group_size if group_size and group_size > 0 else max(GROUP_SIZES)
+        size = next((size for size in GROUP_SIZES if width % size == 0), None)
+        return None if size is None else cls(next(held for held in PACKED_BITS if held >= bits), size)
+
+
+@dataclass(frozen=True)
 class Format:
     """How one kind of checkpoint stores its quantised weights.
 
@@ -59,6 +76,7 @@ class Format:
         others: Of tensors that a weight may have besides.
         target: Ending of the weight's own name, after the stem.
         read: Make a weight of its tensors, given the checkpoint's ``quantization_config``.
+        kept: By that configuration, in which of MLX's forms a module of this name will stay; None for floats.
         check: Refuse a checkpoint by that configuration.
     """
 
@@ -67,4 +85,5 @@ class Format:
     others: tuple[str, ...]
     target: str
     read: Callable[[Parts, Mapping[str, Any]], StoredWeight]
+    kept: Callable[[str, Mapping[str, Any]], MLXForm | None]
     check: Callable[[Mapping[str, Any]], None] = lambda _: None
