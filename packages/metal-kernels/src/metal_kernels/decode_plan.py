@@ -10,7 +10,12 @@ from jaxtyping import Int32
 from metal_kernels.device import Target, target
 from metal_kernels.ragged import RaggedBatch, device_array
 
-_MIN_RANGE = 256  # keys: fewer cost more to join than they save
+MIN_RANGE = 256
+"""Keys of a range at least: fewer cost more to join than they save."""
+
+MIN_LATENT_RANGE = 64
+"""Likewise for latents, whose ranges are joined in any case."""
+
 _ROUND = 64  # keys that a threadgroup takes per round at most
 _SIMDGROUPS_PER_CORE = {"metal": 64, "cuda": 16}
 # Cores of Apple's GPUs by the last letter of their architecture; a guess for any other.
@@ -73,7 +78,11 @@ class DecodeSizes:
 
 
 def plan_decode(
-    batch: RaggedBatch, requests: Int32[np.ndarray, "decodes"], sliding_window: int | None, simdgroups_per_range: int
+    batch: RaggedBatch,
+    requests: Int32[np.ndarray, "decodes"],
+    sliding_window: int | None,
+    simdgroups_per_range: int,
+    min_range: int = MIN_RANGE,
 ) -> DecodePlan:
     """Cut the keys that ``requests`` see so that threadgroups fill the device evenly.
 
@@ -82,15 +91,21 @@ def plan_decode(
         requests: Requests that have one row.
         sliding_window: Keys a row sees at most; no range holds others.
         simdgroups_per_range: SIMD-groups that take the same range, of all its threadgroups.
+        min_range: Keys of a range at least.
     """
-    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, batch.block_table.shape[1])
+    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, min_range, batch.block_table.shape[1])
     return DecodePlan(
         batch.on_device("block_table"), device_array(work), device_array(ranges), len(requests), len(work)
     )
 
 
 def pack_decode(
-    batch: RaggedBatch, sliding_window: int | None, simdgroups_per_range: int, reqs: int, block_size: int
+    batch: RaggedBatch,
+    sliding_window: int | None,
+    simdgroups_per_range: int,
+    reqs: int,
+    block_size: int,
+    min_range: int = MIN_RANGE,
 ) -> tuple[DecodeSizes, Int32[np.ndarray, "elements"]]:
     """Plan a step in which every request has one row, as one array of a size that many steps share.
 
@@ -100,11 +115,12 @@ def pack_decode(
         simdgroups_per_range: SIMD-groups that take the same range, of all its threadgroups.
         reqs: Requests to pad to.
         block_size: Tokens of a block.
+        min_range: Keys of a range at least.
     """
     used = -(-batch.max_seq_len // block_size)
     blocks = max(_MIN_ELEMENTS, 1 << (used - 1).bit_length())
     requests = np.arange(batch.num_reqs, dtype=np.int32)
-    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, blocks)
+    work, ranges = _cut(batch, requests, sliding_window, simdgroups_per_range, min_range, blocks)
     direct = len(work) == batch.num_reqs
     sizes = DecodeSizes(reqs, reqs if direct else reqs + wanted_simdgroups() // simdgroups_per_range, blocks)
     table, work_elements, _ = sizes.elements
@@ -120,13 +136,14 @@ def _cut(
     requests: Int32[np.ndarray, "decodes"],
     sliding_window: int | None,
     simdgroups_per_range: int,
+    min_range: int,
     blocks: int,
 ) -> tuple[Int32[np.ndarray, "ranges 4"], Int32[np.ndarray, "decodes 2"]]:
     """Return ``work`` and ``ranges`` of a plan whose tables have ``blocks`` entries for each request."""
     ends, rows = batch.seq_lens[requests], batch.query_start_loc[requests]
     begins = np.zeros_like(ends) if sliding_window is None else np.maximum(0, ends - sliding_window)
     num_keys = ends - begins
-    target_keys = max(_MIN_RANGE, int(num_keys.sum()) * simdgroups_per_range / wanted_simdgroups())
+    target_keys = max(min_range, int(num_keys.sum()) * simdgroups_per_range / wanted_simdgroups())
     if num_keys.max() < 1.5 * target_keys:
         counts = np.ones_like(ends)
         first = np.arange(len(requests), dtype=np.int32)

@@ -8,10 +8,12 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from metal_kernels import decode_attention, kernels, rope_and_cache, target
+from metal_kernels.decode_plan import MIN_RANGE
 from metal_kv.pool import LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear
+from metal_models.normed_rows import NormedRows
 from metal_models.planned_mixer import PlanKey, PlannedMixer
 from metal_models.token_mixer import Pages, StepRows, TokenMixer
 
@@ -57,18 +59,19 @@ class BoundAttention(PlannedMixer):
     def __init__(self, mixer: AttentionMixer, cache: LayerCache, pages: Pages) -> None:
         self._mixer = mixer
         self._pages = pages
+        self.output = mixer.output
         shape = pages.array.shape
         window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
         decode = _variant(pages.array, mixer.q_heads)
         per_head = decode.variant.parts * decode.variant.simdgroups if isinstance(decode, kernels.Accepted) else 1
-        self.key = PlanKey(cache.group, window, shape[3] * per_head, shape[2])
+        self.key = PlanKey(cache.group, window, shape[3] * per_head, shape[2], MIN_RANGE)
 
-    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
-        """Rotate and write keys and values, attend, project."""
-        mixer, tokens = self._mixer, rows.shape[0]
+    def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
+        """Rotate and write keys and values, attend."""
+        mixer, tokens = self._mixer, step.positions.size
         slots, plan = self.slots_and_plan(step, tokens)
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
-        qkv = mixer.qkv(rows)
+        qkv = rows.through(mixer.qkv)
         norms: dict[str, Any] = {}
         if mixer.norms is not None:
             q_norm, k_norm = mixer.norms
@@ -83,7 +86,7 @@ class BoundAttention(PlannedMixer):
         if mixer.gated:
             gated = qkv[:, : 2 * attended.size // tokens].reshape(tokens, mixer.q_heads, 2, -1)
             attended = attended * mx.sigmoid(gated[:, :, 1])
-        return mixer.output(attended.reshape(tokens, -1))
+        return attended.reshape(tokens, -1)
 
 
 def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:

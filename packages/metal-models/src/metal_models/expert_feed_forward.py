@@ -4,17 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from jaxtyping import Float
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchLinear
 
 from metal_kernels import expert_linear, expert_silu_and_mul, kernels, target
+from metal_models.feed_forward import FeedForward
+from metal_models.normed_rows import NormedRows
 
 
-class ExpertFeedForward:
+class ExpertFeedForward(FeedForward):
     """A mixture of experts whose weights are not quantised.
 
     Args:
         module: The model's own, which computes steps of many rows.
-        choose: From rows to each row's experts and their scores.
+        choose: From normed rows to each row's experts and their scores.
         shared: From rows to what all rows get beside their experts; None for nothing.
     """
 
@@ -22,7 +25,7 @@ class ExpertFeedForward:
         self,
         module: Any,
         choose: Callable[[mx.array], tuple[mx.array, mx.array]],
-        shared: Callable[[mx.array], mx.array] | None,
+        shared: Callable[[NormedRows], mx.array] | None,
     ) -> None:
         self._module = module
         self._choose = choose
@@ -39,15 +42,16 @@ class ExpertFeedForward:
         layers = [experts.gate_proj, experts.up_proj, experts.down_proj]
         return all(type(layer) is SwitchLinear and "bias" not in layer for layer in layers)
 
-    def __call__(self, rows: mx.array) -> mx.array:
-        """Return hidden rows of hidden rows."""
+    def __call__(self, rows: NormedRows) -> Float[mx.array, "tokens hidden"]:
+        """Return what is added to the residual."""
+        normed = rows.normed
         experts = self._module.switch_mlp
         gate, up, down = experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight
-        kernel = kernels.expert_kernel(target(), rows.dtype, gate.dtype, gate.shape, rows.shape[0])
+        kernel = kernels.expert_kernel(target(), normed.dtype, gate.dtype, gate.shape, normed.shape[0])
         if target() != "cpu" and isinstance(kernel, kernels.Rejected):
-            out: mx.array = self._module(rows)
+            out: mx.array = self._module(normed)
             return out
-        ids, scores = self._choose(rows)
-        mixed = expert_linear(expert_silu_and_mul(rows, gate, up, ids), down, ids, scores).sum(axis=1)
-        mixed = mixed.astype(rows.dtype)
+        ids, scores = self._choose(normed)
+        mixed = expert_linear(expert_silu_and_mul(normed, gate, up, ids), down, ids, scores).sum(axis=1)
+        mixed = mixed.astype(normed.dtype)
         return mixed if self._shared is None else mixed + self._shared(rows)

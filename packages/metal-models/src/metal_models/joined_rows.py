@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.joined_linear import JoinedLinear
+from metal_models.normed_rows import NormedRows
 
 
 class JoinedRows:
@@ -30,7 +31,7 @@ class JoinedRows:
         """Whether all of ``layers`` are linear."""
         return all(JoinedLinear.joinable([layer]) for layer in layers)
 
-    def __call__(self, rows: mx.array) -> mx.array:
-        """Return the outputs ``[rows, …]`` of all layers, one after the other, for ``[rows, input]``."""
-        outputs = [part(rows) for part in self._parts]
+    def __call__(self, rows: NormedRows) -> mx.array:
+        """Return the outputs ``[tokens, …]`` of all layers, one after the other."""
+        outputs = [rows.through(part) for part in self._parts]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)

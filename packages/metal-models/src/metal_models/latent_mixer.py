@@ -8,10 +8,12 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from metal_kernels import kernels, latent_decode, latent_rope_and_cache, target
+from metal_kernels.decode_plan import MIN_LATENT_RANGE
 from metal_kv.pool import LayerCache
 from metal_kv.spec import LatentSpec
 from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear
+from metal_models.normed_rows import NormedRows
 from metal_models.planned_mixer import PlanKey, PlannedMixer
 from metal_models.token_mixer import Pages, StepRows, TokenMixer
 
@@ -35,7 +37,7 @@ class LatentMixer(TokenMixer):
     rotation: Rotation
     scale: float
     q_heads: int
-    query: Callable[[mx.array], mx.array]
+    query: Callable[[NormedRows], mx.array]
     latent: JoinedLinear
     latent_norm: nn.RMSNorm
     absorb: Callable[[mx.array], mx.array]
@@ -58,18 +60,19 @@ class BoundLatentAttention(PlannedMixer):
     def __init__(self, mixer: LatentMixer, cache: LayerCache, pages: Pages) -> None:
         self._mixer = mixer
         self._pages = pages
+        self.output = mixer.output
         decode = _variant(cache)
         per_range = 1
         if isinstance(decode, kernels.Accepted):
             per_range = -(-mixer.q_heads // decode.variant.heads) * decode.variant.simdgroups
-        self.key = PlanKey(cache.group, None, per_range, pages.array.shape[1])
+        self.key = PlanKey(cache.group, None, per_range, pages.array.shape[1], MIN_LATENT_RANGE)
 
-    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
-        """Rotate and write the latents, attend with absorbed queries, project."""
-        mixer, tokens = self._mixer, rows.shape[0]
+    def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
+        """Rotate and write the latents, attend with absorbed queries."""
+        mixer, tokens = self._mixer, step.positions.size
         slots, plan = self.slots_and_plan(step, tokens)
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
-        query, latent = mixer.query(rows), mixer.latent(rows)
+        query, latent = mixer.query(rows), rows.through(mixer.latent)
         absorbed: list[mx.array] = []
 
         def write(pages: mx.array) -> tuple[mx.array, mx.array]:
@@ -89,7 +92,7 @@ class BoundLatentAttention(PlannedMixer):
 
         rope = self._pages.rewrite(write)
         attended = latent_decode(absorbed[0], rope, self._pages.array, plan, scale=mixer.scale)
-        return mixer.output(mixer.expand(attended).swapaxes(0, 1).reshape(tokens, -1))
+        return mixer.expand(attended).swapaxes(0, 1).reshape(tokens, -1)
 
 
 def _variant(cache: LayerCache) -> kernels.Accepted[kernels.LatentVariant] | kernels.Rejected:

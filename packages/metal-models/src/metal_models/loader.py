@@ -36,6 +36,7 @@ def load(
     expand_to_bytes: int = 0,
     pooling: bool = False,
     mla_kernel: bool = True,
+    gdn_kernel: bool = True,
 ) -> PagedModel:
     """Load a model and evaluate its parameters.
 
@@ -44,6 +45,7 @@ def load(
             included), a directory that holds one ``.gguf``, or a ``.gguf`` file.
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
         mla_kernel: Whether latent attention may use the GPU kernel.
+        gdn_kernel: Whether decode steps of gated delta nets may use the GPU kernel.
         expand_to_bytes: Hold quantised weights as floats if all weights then take no more than this. For MLX's
             CPU backend, whose quantized matmul is a scalar loop.
         pooling: Whether the checkpoint may be that of a model that embeds or classifies: see ``for_pooling``.
@@ -59,7 +61,7 @@ def load(
         expand(module, dtype)
     if dtype is not None:
         embed_in(module, dtype)
-    return PagedModel(module, config, mla_kernel=mla_kernel)
+    return PagedModel(module, config, mla_kernel=mla_kernel, gdn_kernel=gdn_kernel)
 
 
 def weight_bytes(

@@ -22,12 +22,14 @@ class PlanKey:
         window: Keys that a row sees at most.
         simdgroups_per_range: SIMD-groups that take the same range of keys.
         block_size: Tokens per block.
+        min_range: Keys of a range at least.
     """
 
     group: int
     window: int | None
     simdgroups_per_range: int
     block_size: int
+    min_range: int
 
 
 class PlannedMixer(BoundMixer):
@@ -41,7 +43,9 @@ class PlannedMixer(BoundMixer):
         group = metadata[key.group]
         slots = np.full(max(MIN_ELEMENTS, reqs), -1, np.int32)
         slots[: group.batch.num_reqs] = group.slots.host
-        sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
+        sizes, plan = pack_decode(
+            group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size, key.min_range
+        )
         return sizes, np.concatenate([slots, plan])
 
     def slots_and_plan(self, step: StepRows, tokens: int) -> tuple[Int32[mx.array, "slots"], DecodePlan]:

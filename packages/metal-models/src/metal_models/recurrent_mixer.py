@@ -16,6 +16,7 @@ from metal_kv.recurrent_state import state_blocks
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.joined_linear import JoinedLinear
 from metal_models.joined_rows import JoinedRows
+from metal_models.normed_rows import NormedRows
 from metal_models.token_mixer import BoundMixer, Pages, StepRows, TokenMixer
 
 _MIN_SLOTS = 4  # two blocks each: MLX passes fewer than 8 numbers as constant memory
@@ -34,16 +35,13 @@ class RecurrentMixer(TokenMixer):
 
     keeps = "state"
 
+    output: JoinedLinear
+
     @abstractmethod
     def advance(
-        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
-    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
-        """Return the rows of the layer's inner width, and the pages with the states after them."""
-
-    @property
-    @abstractmethod
-    def output(self) -> JoinedLinear:
-        """From inner width to hidden rows."""
+        self, rows: NormedRows, pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens width"], mx.array]:
+        """Return the rows that ``output`` takes, and the pages with the states after them."""
 
     def bind(self, cache: LayerCache, *, in_place: bool) -> "BoundRecurrence":
         """Return the mixer over ``cache``."""
@@ -58,6 +56,7 @@ class BoundRecurrence(BoundMixer):
     def __init__(self, mixer: RecurrentMixer, cache: LayerCache, pages: Pages) -> None:
         self._mixer = mixer
         self._pages = pages
+        self.output = mixer.output
         self.key = _Key(cache.group, cache.spec.block_size)
 
     def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
@@ -68,11 +67,10 @@ class BoundRecurrence(BoundMixer):
         packed[0, : batch.num_reqs], packed[1, : batch.num_reqs] = blocks.before, blocks.after
         return None, packed.reshape(-1)
 
-    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
-        """Advance every request's state by a token; project."""
+    def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
+        """Advance every request's state by a token."""
         _, blocks = step.parts[self.key]
-        inner = self._pages.rewrite(lambda pages: self._mixer.advance(rows, pages, blocks))
-        return self._mixer.output(inner)
+        return self._pages.rewrite(lambda pages: self._mixer.advance(rows, pages, blocks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +84,7 @@ class GatedDeltaMixer(RecurrentMixer):
         gates: See ``metal_kernels.gated_delta_decode``.
         norm: Weights of the norm.
         eps: Of the norm.
-        out: Projection of the result.
+        output: Projection of the result.
     """
 
     layout: GatedDeltaRows
@@ -95,12 +93,7 @@ class GatedDeltaMixer(RecurrentMixer):
     gates: mx.array
     norm: mx.array
     eps: float
-    out: JoinedLinear
-
-    @property
-    def output(self) -> JoinedLinear:
-        """From values to hidden rows."""
-        return self.out
+    output: JoinedLinear
 
     def served(self, cache: LayerCache) -> bool:
         """Whether a kernel advances the states in place."""
@@ -114,8 +107,8 @@ class GatedDeltaMixer(RecurrentMixer):
         return isinstance(decode, kernels.Accepted) and kernels.writes_in_place()
 
     def advance(
-        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
-    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
+        self, rows: NormedRows, pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens width"], mx.array]:
         """Return the gated and normed values, and the pages."""
         weights = {"conv": self.conv, "gates": self.gates, "norm": self.norm}
         return gated_delta_decode(self.projections(rows), pages, blocks, self.layout, eps=self.eps, **weights)
@@ -128,17 +121,12 @@ class ShortConvMixer(RecurrentMixer):
     Attributes:
         projections: What gates the input, what gates the output, and the input.
         conv: The convolution.
-        out: Projection of the result.
+        output: Projection of the result.
     """
 
     projections: JoinedLinear
     conv: nn.Conv1d
-    out: JoinedLinear
-
-    @property
-    def output(self) -> JoinedLinear:
-        """From channels to hidden rows."""
-        return self.out
+    output: JoinedLinear
 
     def served(self, cache: LayerCache) -> bool:
         """Whether a kernel advances the states in place."""
@@ -149,9 +137,9 @@ class ShortConvMixer(RecurrentMixer):
         return isinstance(decode, kernels.Accepted) and kernels.writes_in_place()
 
     def advance(
-        self, rows: Float[mx.array, "tokens hidden"], pages: mx.array, blocks: Int32[mx.array, "slots"]
-    ) -> tuple[Float[mx.array, "tokens inner"], mx.array]:
+        self, rows: NormedRows, pages: mx.array, blocks: Int32[mx.array, "slots"]
+    ) -> tuple[Float[mx.array, "tokens width"], mx.array]:
         """Return the gated convolution, and the pages."""
         weight = self.conv.weight.squeeze(-1)
         bias = self.conv.bias if "bias" in self.conv else None
-        return short_conv_decode(self.projections(rows), pages, blocks, conv=weight, bias=bias)
+        return short_conv_decode(rows.through(self.projections), pages, blocks, conv=weight, bias=bias)

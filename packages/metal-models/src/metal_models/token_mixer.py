@@ -10,6 +10,8 @@ from jaxtyping import Float, Int32
 
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import LayerCache
+from metal_models.joined_linear import JoinedLinear
+from metal_models.normed_rows import NormedRows
 
 
 class StepRows:
@@ -73,9 +75,11 @@ class BoundMixer(ABC):
 
     Attributes:
         key: Mixers with equal keys share what one of them packs.
+        output: The last projection.
     """
 
     key: Hashable
+    output: JoinedLinear
 
     @abstractmethod
     def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
@@ -86,8 +90,8 @@ class BoundMixer(ABC):
         """
 
     @abstractmethod
-    def __call__(self, rows: Float[mx.array, "tokens hidden"], step: StepRows) -> Float[mx.array, "tokens hidden"]:
-        """Return what the layer adds to the residual, from normed rows."""
+    def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
+        """Return what ``output`` takes."""
 
 
 class TokenMixer(ABC):

@@ -73,6 +73,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             expand_to_bytes=expand_to_bytes,
             pooling=self.pools,
             mla_kernel=self.config.envs.mla_kernel is not False,
+            gdn_kernel=self.config.envs.gdn_lazy_kernels,
         )
         self.towers: Towers | None = None
         if self.model_config.supports_multimodal_inputs:

@@ -145,6 +145,7 @@ class ExpertVariant:
         rows: Rows of the weight that a SIMD-group takes.
         simdgroups: SIMD-groups of a threadgroup.
     """
+        turns: How often it does so: looking for the rows of an expert costs as much as some turns.
 
     rows: int
     simdgroups: int
@@ -361,7 +362,7 @@ def expert_kernel(
         return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 2 and of 8")
     if not 0 < tokens <= _MAX_EXPERT_ROWS:
         return Rejected(f"{tokens} rows; for more than {_MAX_EXPERT_ROWS} matrix units are faster")
-    return Accepted(ExpertVariant(rows=2, simdgroups=4))
+    return Accepted(ExpertVariant(rows=2, simdgroups=4, turns=1 if tokens <= _FEW_EXPERT_ROWS else 4))
 
 
 def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) -> Accepted[RowKernels] | Rejected:

@@ -30,8 +30,8 @@ def choose_experts(
 
 def expert_silu_and_mul(
     rows: Float[mx.array, "tokens hidden"],
-    gate: Float[mx.array, "experts width hidden"],
-    up: Float[mx.array, "experts width hidden"],
+    gate: Float[mx.array, "experts width inputs"],
+    up: Float[mx.array, "experts width inputs"],
     experts: Int32[mx.array, "tokens chosen"],
     variant: ExpertVariant,
 ) -> Float[mx.array, "tokens chosen width"]:
@@ -45,7 +45,7 @@ def expert_silu_and_mul(
 
 def expert_linear(
     rows: Float[mx.array, "tokens chosen width"],
-    weight: Float[mx.array, "experts hidden width"],
+    weight: Float[mx.array, "experts hidden inputs"],
     experts: Int32[mx.array, "tokens chosen"],
     scores: Float[mx.array, "tokens chosen"],
     variant: ExpertVariant,
@@ -78,10 +78,11 @@ def _launch(
     num_pairs: int,
 ) -> mx.array:
     _, output, size = weight.shape
+    rows_at_once = variant.simdgroups * (variant.rows if up is not None else 2 * variant.rows)
     (out,) = _EXPERTS(
         [rows, weight, weight if up is None else up, pairs, scores],
         [((num_pairs, output), dtype)],
-        threadgroups=(-(-output // (variant.rows * variant.simdgroups)), num_pairs),
+        threadgroups=(-(-output // (rows_at_once * variant.turns)), num_pairs),
         threads=variant.simdgroups * 32,
         template={
             "T": rows.dtype,
@@ -90,7 +91,8 @@ def _launch(
             "OUTPUT": output,
             "PAIRS_PER_ROW": pairs_per_row,
             "GATED": up is not None,
-            "ROWS": variant.rows,
+            "ROWS": rows_at_once // variant.simdgroups,
+            "TURNS": variant.turns,
             "SIMDGROUPS": variant.simdgroups,
         },
     )

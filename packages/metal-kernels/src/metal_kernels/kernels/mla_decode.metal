@@ -23,6 +23,7 @@ const int row = work_in[work * 4];
 const int table = work_in[work * 4 + 1];
 const int begin = work_in[work * 4 + 2];
 const int end = work_in[work * 4 + 3];
+if (begin >= end) return;  // a range that pads the plan: the whole threadgroup leaves
 
 for (int e = thread_index; e < 16 * ROW; e += THREADS) {
   const int i = e % ROW;

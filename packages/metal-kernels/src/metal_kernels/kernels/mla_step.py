@@ -4,7 +4,7 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from metal_kernels import reference
-from metal_kernels.decode_plan import plan_decode
+from metal_kernels.decode_plan import MIN_LATENT_RANGE, plan_decode
 from metal_kernels.kernels.dispatch import Accepted, LatentVariant, Rejected
 from metal_kernels.kernels.mla_decode import mla_decode
 from metal_kernels.kernels.own_pages import own_pages
@@ -40,7 +40,10 @@ def mla_attention(
     if isinstance(decode, Accepted) and split.singles.size:
         variant = decode.variant
         per_range = -(-query_latent.shape[1] // variant.heads) * variant.simdgroups
-        plan = batch.once(("decode plan", None, per_range), lambda: plan_decode(batch, split.singles, None, per_range))
+        plan = batch.once(
+            ("latent decode plan", per_range),
+            lambda: plan_decode(batch, split.singles, None, per_range, MIN_LATENT_RANGE),
+        )
         outputs.append(
             mla_decode(query_latent, query_rope, kv_cache, plan, variant, scale=scale, order_token=order_token)
         )

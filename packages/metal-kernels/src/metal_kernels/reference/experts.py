@@ -19,8 +19,8 @@ def choose_experts(
 
 def expert_silu_and_mul(
     rows: Float[mx.array, "tokens hidden"],
-    gate: Float[mx.array, "experts width hidden"],
-    up: Float[mx.array, "experts width hidden"],
+    gate: Float[mx.array, "experts width inputs"],
+    up: Float[mx.array, "experts width inputs"],
     experts: Int32[mx.array, "tokens chosen"],
 ) -> Float[mx.array, "tokens chosen width"]:
     """Multiply and gate rows; see :func:`metal_kernels.expert_silu_and_mul`."""
@@ -32,7 +32,7 @@ def expert_silu_and_mul(
 
 def expert_linear(
     rows: Float[mx.array, "tokens chosen width"],
-    weight: Float[mx.array, "experts hidden width"],
+    weight: Float[mx.array, "experts hidden inputs"],
     experts: Int32[mx.array, "tokens chosen"],
     scores: Float[mx.array, "tokens chosen"],
 ) -> Float[mx.array, "tokens chosen hidden"]:

@@ -7,9 +7,11 @@ import mlx.core as mx
 
 from metal_models.decode_program import Rotation, find_rotations
 from metal_models.expert_feed_forward import ExpertFeedForward
+from metal_models.feed_forward import FeedForward, GatedFeedForward, ModuleFeedForward, feed_forward_possible
 from metal_models.joined_linear import JoinedLinear
 from metal_models.latent_mixer import LatentMixer
-from metal_models.mixed_program import GatedFeedForward, MixedLayer, MixedProgram, feed_forward_possible
+from metal_models.mixed_program import MixedLayer, MixedProgram
+from metal_models.normed_rows import NormedRows
 
 
 def program(backbone: Any) -> MixedProgram | None:
@@ -32,20 +34,21 @@ def _possible(layer: Any) -> bool:
     return all(JoinedLinear.joinable([getattr(attention, name)]) for name in (*names, "kv_a_proj_with_mqa", "o_proj"))
 
 
-def _feed_forward(module: Any) -> Callable[[mx.array], mx.array]:
+def _feed_forward(module: Any) -> FeedForward:
     if hasattr(module, "gate_proj"):
         return GatedFeedForward(module.gate_proj, module.up_proj, module.down_proj)
     shared = getattr(module, "shared_experts", None)
     if not ExpertFeedForward.possible(module) or not feed_forward_possible(shared):
-        plain: Callable[[mx.array], mx.array] = module
-        return plain
-    dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj) if shared is not None else None
+        return ModuleFeedForward(module)
 
     def choose(rows: mx.array) -> tuple[mx.array, mx.array]:
         experts, scores = module.gate(rows)
         return experts.astype(mx.int32), scores
 
-    return ExpertFeedForward(module, choose, dense)
+    if shared is None:
+        return ExpertFeedForward(module, choose, None)
+    dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
+    return ExpertFeedForward(module, choose, lambda rows: dense.output(dense(rows)))
 
 
 class _LowRankQuery:
@@ -55,17 +58,25 @@ class _LowRankQuery:
         self._down, self._up = JoinedLinear([attention.q_a_proj]), JoinedLinear([attention.q_b_proj])
         self._norm = attention.q_a_layernorm
 
-    def __call__(self, rows: mx.array) -> mx.array:
-        return self._up(self._norm(self._down(rows)))
+    def __call__(self, rows: NormedRows) -> mx.array:
+        return NormedRows(rows.through(self._down), self._norm).through(self._up)
 
 
 def _latent(attention: Any, rotation: Rotation) -> LatentMixer:
-    low_rank = attention.q_lora_rank is not None
+    query: Callable[[NormedRows], mx.array]
+    if attention.q_lora_rank is not None:
+        query = _LowRankQuery(attention)
+    else:
+        projection = JoinedLinear([attention.q_proj])
+
+        def query(rows: NormedRows) -> mx.array:
+            return rows.through(projection)
+
     return LatentMixer(
         rotation=rotation,
         scale=attention.scale,
         q_heads=attention.num_heads,
-        query=_LowRankQuery(attention) if low_rank else JoinedLinear([attention.q_proj]),
+        query=query,
         latent=JoinedLinear([attention.kv_a_proj_with_mqa]),
         latent_norm=attention.kv_a_layernorm,
         absorb=attention.embed_q,

@@ -4,8 +4,9 @@ from typing import Any
 
 from metal_models.attention_mixer import AttentionMixer
 from metal_models.decode_program import Rotation, find_rotations
+from metal_models.feed_forward import GatedFeedForward, ModuleFeedForward
 from metal_models.joined_linear import JoinedLinear
-from metal_models.mixed_program import GatedFeedForward, MixedLayer, MixedProgram
+from metal_models.mixed_program import MixedLayer, MixedProgram
 from metal_models.recurrent_mixer import ShortConvMixer
 from metal_models.token_mixer import TokenMixer
 
@@ -29,7 +30,7 @@ def program(backbone: Any) -> MixedProgram | None:
             module = layer.conv
             mixer = ShortConvMixer(JoinedLinear([module.in_proj]), module.conv, JoinedLinear([module.out_proj]))
         dense = _dense(layer.feed_forward)
-        feed_forward = GatedFeedForward(*dense) if dense else layer.feed_forward
+        feed_forward = GatedFeedForward(*dense) if dense else ModuleFeedForward(layer.feed_forward)
         layers.append(MixedLayer(mixer, layer.operator_norm, feed_forward, layer.ffn_norm))
     return MixedProgram(backbone.embed_tokens, layers, backbone.embedding_norm)
 

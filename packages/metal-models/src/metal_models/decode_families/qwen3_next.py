@@ -1,6 +1,5 @@
 """Qwen3-Next and Qwen3.5: gated delta nets with some layers of gated attention, dense or with experts."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,9 +8,11 @@ from metal_kernels import GatedDeltaRows, HeadPart, choose_experts
 from metal_models.attention_mixer import AttentionMixer
 from metal_models.decode_program import Rotation, find_rotations
 from metal_models.expert_feed_forward import ExpertFeedForward
+from metal_models.feed_forward import FeedForward, GatedFeedForward, ModuleFeedForward, feed_forward_possible
 from metal_models.joined_linear import JoinedLinear
 from metal_models.joined_rows import JoinedRows
-from metal_models.mixed_program import GatedFeedForward, MixedLayer, MixedProgram, feed_forward_possible
+from metal_models.mixed_program import MixedLayer, MixedProgram
+from metal_models.normed_rows import NormedRows
 from metal_models.recurrent_mixer import GatedDeltaMixer
 from metal_models.token_mixer import TokenMixer
 
@@ -46,19 +47,22 @@ def _possible(layer: Any) -> bool:
     return JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.o_proj])
 
 
-def _feed_forward(module: Any) -> Callable[[mx.array], mx.array]:
+def _feed_forward(module: Any) -> FeedForward:
     if hasattr(module, "gate_proj"):
         return GatedFeedForward(module.gate_proj, module.up_proj, module.down_proj)
     shared = module.shared_expert
     if not ExpertFeedForward.possible(module) or not feed_forward_possible(shared):
-        plain: Callable[[mx.array], mx.array] = module
-        return plain
+        return ModuleFeedForward(module)
     dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
 
     def choose(rows: mx.array) -> tuple[mx.array, mx.array]:
         return choose_experts(module.gate(rows), module.top_k, normalised=module.norm_topk_prob)
 
-    return ExpertFeedForward(module, choose, lambda rows: mx.sigmoid(module.shared_expert_gate(rows)) * dense(rows))
+    def gated(rows: NormedRows) -> mx.array:
+        weight: mx.array = mx.sigmoid(module.shared_expert_gate(rows.normed))
+        return weight * dense.output(dense(rows))
+
+    return ExpertFeedForward(module, choose, gated)
 
 
 def _attention(module: Any, rotation: Rotation) -> AttentionMixer:
@@ -92,7 +96,7 @@ def _delta_net(net: Any) -> GatedDeltaMixer:
         gates=gates,
         norm=net.norm.weight,
         eps=net.norm.eps,
-        out=JoinedLinear([net.out_proj]),
+        output=JoinedLinear([net.out_proj]),
     )
 
 
