@@ -109,6 +109,22 @@ def test_on_a_quantised_base(tiny: Callable[..., PagedModel], lab: SimpleNamespa
         np.testing.assert_allclose(logprobs, values, rtol=1e-3, atol=2e-3)
 
 
+def test_some_rows_of_a_step(tiny: Callable[..., PagedModel], tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    for number in (1, 2):
+        tensors = tensors_for(model, number)
+        model.lora.add(number, model.lora.load(save(tmp_path / f"{number}", tensors), max_rank=8))
+    layer = model.module.model.layers[0].self_attn.q_proj
+    x = mx.random.normal((5, layer.weight.shape[1]))
+    ids = np.array([1, 0, 2, 1, 0], np.int32)
+    with model.lora.applied(ids):
+        whole = np.array(layer(x))
+        for rows in ([3, 2], [1, 4], [0]):
+            with model.lora.among(np.array(rows, np.int32)):
+                np.testing.assert_allclose(layer(x[mx.array(rows)]), whole[rows], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(layer(x), whole, rtol=1e-5, atol=1e-5)
+
+
 def test_ranks_and_scales_of_single_modules(tiny: Callable[..., PagedModel], tmp_path: Path) -> None:
     model = tiny("qwen3")
     tensors = tensors_for(model, 1, rank=2, targets=("q_proj",)) | tensors_for(model, 2, targets=("v_proj",))

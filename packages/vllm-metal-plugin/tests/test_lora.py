@@ -97,6 +97,23 @@ def test_adapters_and_the_base_in_one_batch(engine: Callable[..., LLM], model_di
     assert generate(llm, [None] * 5)[1] == expected[1]
 
 
+def test_adapters_over_contiguous_caches(
+    engine: Callable[..., LLM], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time from kept prefixes, which are those of the same adapter."""
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+    paths = [write_adapter(tmp_path / str(seed), seed) for seed in (1, 2)]
+    requests = [LoRARequest(f"adapter-{i}", i + 1, str(path)) for i, path in enumerate(paths)]
+    llm = engine()
+    for order in ([0, None, 1, 1, 0], [1, 0, None, 0, 1], [0, None, 1, 1, 0]):
+        got = generate(llm, [None if i is None else requests[i] for i in order])
+        expected = [
+            merged_tokens(model_dir, None if i is None else paths[i], prompt)
+            for i, prompt in zip(order, PROMPTS, strict=True)
+        ]
+        assert got == expected
+
+
 def test_adapters_are_added_pinned_replaced_and_removed(
     engine: Callable[..., LLM], model_dir: Path, tmp_path: Path
 ) -> None:

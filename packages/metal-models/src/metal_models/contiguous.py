@@ -132,7 +132,8 @@ class ContiguousModel:
 
     def _decode(self, token_ids: mx.array, row_of: dict[str, int]) -> tuple[np.ndarray, mx.array]:
         step_rows = np.array([row_of[req_id] for req_id in self._batch.req_ids], np.int32)
-        hidden = self._split.hidden(token_ids[mx.array(step_rows)][:, None], list(self._batch.caches))
+        with self._model.lora.among(step_rows):
+            hidden = self._split.hidden(token_ids[mx.array(step_rows)][:, None], list(self._batch.caches))
         self._written += state_arrays(self._batch.caches)
         return step_rows, hidden.squeeze(1)
 
@@ -151,7 +152,8 @@ class ContiguousModel:
         for begin, end in pairwise(cuts):
             first = row + begin - request.begin
             step_rows = np.arange(first, first + end - begin, dtype=np.int32)
-            hidden = self._split.hidden(token_ids[first : first + end - begin][None], list(own.caches))
+            with self._model.lora.among(step_rows):
+                hidden = self._split.hidden(token_ids[first : first + end - begin][None], list(own.caches))
             pieces.append((step_rows, hidden.squeeze(0)))
             own.length = end
             if end in own.cut_at:

@@ -56,8 +56,8 @@ class LoraLayers:
         self._targets = _targets(module)
         self._by_ending = {_ending(name): name for name in self._targets}
         self._adapters: dict[int, Adapter] = {}
+        self._adapter_ids = np.zeros(0, np.int32)
         self._groups: tuple[_Group, ...] = ()
-        self._num_rows = 0
 
     @property
     def active(self) -> bool:
@@ -135,12 +135,24 @@ class LoraLayers:
                 raise MetalModelsError(
                     f"[lora] expected one of the loaded adapters, got number {number}. Add it first."
                 )
-        self._num_rows = len(adapter_ids)
-        self._groups = tuple(_Group(number, _rows(adapter_ids == number)) for number in used)
+        self._use(adapter_ids)
         try:
             yield
         finally:
             self._groups = ()
+
+    @contextmanager
+    def among(self, rows: Int32[np.ndarray, "some"]) -> Iterator[None]:
+        """Within ``applied``: the forward pass in this context is of these rows of the step alone, in this order."""
+        whole = self._adapter_ids
+        if not self._groups:
+            yield
+            return
+        self._use(whole[rows])
+        try:
+            yield
+        finally:
+            self._use(whole)
 
     def add_to(self, name: str, x: mx.array, out: mx.array) -> mx.array:
         """Return a layer's output with what the step's adapters add to it.
@@ -158,10 +170,10 @@ class LoraLayers:
         if not groups:
             return out
         rows, outputs = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-        if len(rows) != self._num_rows:
+        if len(rows) != len(self._adapter_ids):
             raise MetalModelsError(
-                f"[lora] expected {self._num_rows} rows at {name}, got {len(rows)}. The layer does not take a step's "
-                "rows and cannot be adapted."
+                f"[lora] expected {len(self._adapter_ids)} rows at {name}, got {len(rows)}. The layer does not take a "
+                "step's rows and cannot be adapted."
             )
         for selected, layer in groups:
             if selected is None:
@@ -169,6 +181,12 @@ class LoraLayers:
             else:
                 outputs = outputs.at[selected].add((rows[selected] @ layer.a) @ layer.b)
         return outputs.reshape(out.shape)
+
+    def _use(self, adapter_ids: np.ndarray) -> None:
+        """Group the rows of a forward pass by their adapters."""
+        self._adapter_ids = adapter_ids
+        used = (int(number) for number in np.unique(adapter_ids) if number)
+        self._groups = tuple(_Group(number, _rows(adapter_ids == number)) for number in used)
 
     def _name_of(self, module: str, directory: Path) -> str:
         """Return the model's name for a module that an adapter names."""

@@ -136,8 +136,6 @@ def _lora(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     lora = config.lora_config
     if lora is None:
         return
-    if not envs.use_paged_attention:
-        yield "expected VLLM_METAL_USE_PAGED_ATTENTION=1 with --enable-lora, got 0. Unset it."
     if lora.target_modules is not None:
         yield (
             f"expected no --lora-target-modules, got {', '.join(lora.target_modules)}. An adapter is applied to all "

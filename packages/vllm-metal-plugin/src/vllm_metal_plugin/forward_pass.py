@@ -119,4 +119,6 @@ def _salt(request: RequestState) -> str | None:
     """Return under what salt a request shares prefixes; not at all when it needs the row of every prompt token."""
     if request.pooling_params is not None or request.sampling_params.prompt_logprobs is not None:
         return None
-    return str((request.sampling_params.extra_args or {}).get(SALT, ""))
+    salt = str((request.sampling_params.extra_args or {}).get(SALT, ""))
+    adapter = request.lora_request
+    return salt if adapter is None else f"{salt}\0{adapter.lora_int_id} {adapter.lora_name}"
