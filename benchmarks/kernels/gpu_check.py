@@ -116,6 +116,42 @@ def check_attention(
     return close(kernels.paged_attention(query, cache, batch, decode, **arguments), want, dtype)
 
 
+def check_on_the_way(dtype: mx.Dtype) -> str:
+    batch, blocks = batch_of([70, 12, 3000, 9], 16)
+    qkv = mx.random.normal((4, 8 * 128)).astype(dtype)
+    angles, weight = mx.random.uniform(shape=(4, 64)), mx.random.normal((128,)).astype(dtype)
+    turns = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=1)
+    cache = mx.random.normal((blocks, 2, 16, 2, 128)).astype(dtype)
+    last = batch.seq_lens - 1
+    slots = mx.array(np.pad(batch.block_table[np.arange(4), last // 16] * 16 + last % 16, (0, 4)))
+    plan = metal_kernels.plan_decode(batch, np.arange(4, dtype=np.int32), None, 16)
+    norms = {"q_norm": weight, "k_norm": weight, "eps": 1e-6}
+    query, twin = reference.rope_and_cache(
+        *(array.astype(mx.float32) for array in (qkv, turns, cache)),
+        slots,
+        **{name: value.astype(mx.float32) if name != "eps" else value for name, value in norms.items()},
+    )
+    want = reference.decode_attention(query, twin, plan, scale=0.1)
+    mx.eval(cache, want)
+    out, pages = metal_kernels.rope_and_attend(qkv, turns, cache, slots, plan, scale=0.1, **norms)
+    return f"{close(out, want, dtype)}; pages {close(pages, twin, dtype)}"
+
+
+def check_linear(rows: int, bits: int | None) -> str:
+    given = mx.random.normal((rows, 1024)).astype(mx.bfloat16)
+    norm = mx.random.normal((1024,)).astype(mx.bfloat16)
+    weight = (mx.random.normal((2048, 1024)) / 32).astype(mx.bfloat16)
+    weights = metal_kernels.LinearWeights(weight)
+    exact = metal_kernels.LinearWeights(weight.astype(mx.float32))
+    if bits is not None:
+        weights = metal_kernels.LinearWeights(*mx.quantize(weight, bits=bits), bits=bits)
+        exact = metal_kernels.LinearWeights(
+            mx.dequantize(*mx.quantize(weight, bits=bits), bits=bits).astype(mx.float32)
+        )
+    want = reference.fused_linear(given.astype(mx.float32), exact, norm=norm.astype(mx.float32), eps=1e-6, gated=True)
+    return close(metal_kernels.fused_linear(given, weights, norm=norm, eps=1e-6, gated=True), want, mx.bfloat16)
+
+
 def checks(quick: bool) -> None:
     start = time.perf_counter()
     case("writes in place are seen in order", lambda: str(kernels.writes_in_place()))
@@ -123,6 +159,10 @@ def checks(quick: bool) -> None:
         case(f"write {dtype}", lambda d=dtype: check_write(d))
         case(f"copy {dtype}", lambda d=dtype: check_copy(d))
         case(f"public functions {dtype}", lambda d=dtype: check_public(d))
+        case(f"norm, rotation and write on the way {dtype}", lambda d=dtype: check_on_the_way(d))
+    for rows in (1, 32):
+        for bits in (None, 4, 8):
+            case(f"linear, {rows} rows, bits {bits}", lambda r=rows, b=bits: check_linear(r, b))
     bf16 = mx.bfloat16
     case("mixed, several rows", lambda: check_attention(bf16, 128, query_lens=[1, 4, 300, 1]))
     case("window", lambda: check_attention(bf16, 128, sliding_window=1000))
@@ -185,6 +225,20 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
         token = kernels.reshape_and_cache(rows[:, :kv_heads], rows[:, :kv_heads], cache, slots)[1]
         return attend(rows, cache, token)
 
+    written = mx.random.normal((reqs, (q_heads + 2 * kv_heads) * 128)).astype(mx.bfloat16)
+    turns = mx.random.normal((reqs, 128))
+    kind = (metal_kernels.target(), query.dtype, query.dtype, 128, 16, q_heads // kv_heads, 128, False)
+    on_the_way = kernels.rope_decode_kernel(*kind)
+    plan = metal_kernels.plan_decode(
+        batch, np.arange(reqs, dtype=np.int32), None, kv_heads * decode.variant.parts * decode.variant.simdgroups
+    )
+    mx.eval(written, turns)
+
+    def write_on_the_way(rows: mx.array, cache: mx.array) -> mx.array:
+        norm = rows.reshape(-1)[:128]  # of the layer before, so that this one follows it
+        options = {"scale": 128**-0.5, "q_norm": norm, "k_norm": norm, "eps": 1e-6}
+        return kernels.rope_decode(written, turns, cache, slots, plan, on_the_way.variant, **options)
+
     def chain(layer: Callable[[mx.array, mx.array], mx.array]) -> float:
         def step(rows: mx.array) -> mx.array:
             for index in range(LAYERS):
@@ -196,10 +250,14 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
     want = reference.paged_attention(query.astype(mx.float32), caches[0].astype(mx.float32), batch, scale=128**-0.5)
     close(attend(query, caches[0]), want, query.dtype)
     alone, both = chain(attend), chain(write_and_attend)
+    fused = "on the way: not served"
+    if isinstance(on_the_way, kernels.Accepted):
+        taken = chain(write_on_the_way)
+        fused = f"norm, rotation and write on the way {taken * 1e6:.1f} us, {100 * (taken / alone - 1):+.1f} %"
     rate = 2 * reqs * context * kv_heads * 128 * 2 / alone
     return (
         f"{alone * 1e6:.1f} us, {rate / 1e9:.0f} GB/s, {100 * rate / bandwidth:.0f} % of copying; "
-        f"with the write {both * 1e6:.1f} us, {100 * (both / alone - 1):+.1f} %"
+        f"with the write {both * 1e6:.1f} us, {100 * (both / alone - 1):+.1f} %; {fused}"
     )
 
 

@@ -11,11 +11,12 @@ from functools import partial
 import metal_kernels  # isort: skip  before MLX: it sets MLX's limits
 import gpu_check
 import mlx.core as mx
+import numpy as np
 from gpu_check import batch_of, case, close, seconds
 
 from metal_kernels import kernels, reference
 
-ROUTES = ("tiled", "gathered", "chosen")
+ROUTES = ("tiled", "gathered", "chosen", "own rows")
 
 
 def route(name: str, head_size: int, dtype: mx.Dtype = mx.bfloat16) -> Callable[..., mx.array]:
@@ -32,7 +33,18 @@ def check(name: str, head_size: int, dtype: mx.Dtype, **options: float) -> str:
     options = {"scale": head_size**-0.5, **options}
     mx.eval(query, cache)
     want = reference.paged_attention(query.astype(mx.float32), cache.astype(mx.float32), batch, **options)
+    if name == "own rows":
+        name, options = "gathered", options | own_rows(batch, cache)
     return close(route(name, head_size, dtype)(query, cache, batch=batch, **options), want, dtype)
+
+
+def own_rows(batch: metal_kernels.RaggedBatch, cache: mx.array) -> dict[str, mx.array]:
+    """Return the keys and values of the step's rows, which the cache has already."""
+    requests = np.repeat(np.arange(batch.num_reqs), batch.query_lens)
+    rows = np.arange(batch.num_tokens) - np.repeat(batch.query_start_loc[:-1], batch.query_lens)
+    at = np.repeat(batch.seq_lens - batch.query_lens, batch.query_lens) + rows
+    block_ids, offsets = mx.array(batch.block_table[requests, at // 16]), mx.array(at % 16)
+    return {"key": cache[block_ids, 0, offsets], "value": cache[block_ids, 1, offsets]}
 
 
 def speed(prompts: list[int], contexts: list[int], q_heads: int, kv_heads: int, head_size: int) -> str:
@@ -61,8 +73,9 @@ def speed(prompts: list[int], contexts: list[int], q_heads: int, kv_heads: int, 
         fused = partial(mx.fast.scaled_dot_product_attention, k=keys, v=values, scale=0.1, mask="causal")
         measured("contiguous", fused, rows)
     for name in ROUTES:
-        attend = partial(route(name, head_size), kv_cache=cache, batch=batch, scale=0.1)
-        measured(name, attend, query)
+        own = own_rows(batch, cache) if name == "own rows" else {}
+        mx.eval(own)
+        measured(name, partial(route(name, head_size), kv_cache=cache, batch=batch, scale=0.1, **own), query)
     return "; ".join(lines)
 
 

@@ -41,6 +41,7 @@ def test_exported_names():
         "read_pages",
         "reference",
         "reshape_and_cache",
+        "rope_and_attend",
         "rope_and_cache",
         "short_conv_decode",
         "silu_and_mul",

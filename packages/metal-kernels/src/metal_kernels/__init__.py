@@ -32,6 +32,7 @@ from metal_kernels.quantized_cache import (
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.recurrent_decode import gated_delta_decode, short_conv_decode
 from metal_kernels.reshape_and_cache import reshape_and_cache
+from metal_kernels.rope_and_attend import rope_and_attend
 from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
 
@@ -73,6 +74,7 @@ __all__ = [
     "expert_linear",
     # between the matmuls
     "rope_and_cache",
+    "rope_and_attend",
     "latent_rope_and_cache",
     "add_rms_norm",
     "silu_and_mul",

@@ -23,6 +23,8 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
+    key: Float[mx.array, "tokens kv_heads head_size"] | None = None,
+    value: Float[mx.array, "tokens kv_heads head_size"] | None = None,
 ) -> Float[mx.array, "tokens q_heads head_size"]:
     """Attend each row to the keys of its own request, up to and including its own position.
 
@@ -38,11 +40,14 @@ def paged_attention(
         soft_cap: Scores ``s`` become ``soft_cap * tanh(s / soft_cap)`` (Gemma 2, arXiv:2408.00118).
         sinks: One more logit per query head that joins the softmax and has no value (arXiv:2309.17453).
         order_token: What the write of this step's keys returned.
+        key: The step's own keys, as they were written. They are in the cache too; attention of requests that have no
+            others may read them here, where they lie together.
+        value: Its values, likewise.
 
     Raises:
         MetalKernelsError: Shapes, the batch and the cache do not fit together.
     """
-    _check(query, kv_cache, batch, sliding_window, sinks)
+    _check(query, kv_cache, batch, sliding_window, sinks, key, value)
     attend: Callable[..., mx.array] = reference.paged_attention
     if kernels.move_pages(kv_cache):
         _, _, block_size, kv_heads, head_size = kv_cache.shape
@@ -58,17 +63,28 @@ def paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
         order_token=order_token,
+        key=key,
+        value=value,
     )
 
 
 def _check(
-    query: mx.array, kv_cache: mx.array, batch: RaggedBatch, sliding_window: int | None, sinks: mx.array | None
+    query: mx.array,
+    kv_cache: mx.array,
+    batch: RaggedBatch,
+    sliding_window: int | None,
+    sinks: mx.array | None,
+    key: mx.array | None,
+    value: mx.array | None,
 ) -> None:
     """Refuse what does not fit together."""
     require_kv_cache("paged_attention", kv_cache)
     _, _, block_size, kv_heads, head_size = kv_cache.shape
     q_heads = query.shape[1]
     require_rows("paged_attention", "query", query, (batch.num_tokens, q_heads, head_size))
+    for name, rows in (("key", key), ("value", value)):
+        if rows is not None:
+            require_rows("paged_attention", name, rows, (batch.num_tokens, kv_heads, head_size))
     if q_heads % kv_heads:
         raise MetalKernelsError(
             f"[paged_attention] expected a multiple of {kv_heads} query heads, got {q_heads}. "

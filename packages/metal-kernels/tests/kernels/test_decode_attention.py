@@ -60,3 +60,33 @@ def test_soft_cap_and_sinks_of_the_twin():
     plan = decode_plan.plan_decode(batch, np.arange(2, dtype=np.int32), None, 16)
     want = reference.paged_attention(query, cache, batch, **options)
     np.testing.assert_allclose(reference.decode_attention(query, cache, plan, **options), want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("seq_lens", "group"), [([5], 2), ([70, 1, 9], 4), ([900, 16], 1)], ids=str)
+def test_rows_that_are_rotated_and_written_on_the_way(seq_lens, group, norm):
+    rng = np.random.default_rng(0)
+    batch, blocks = batch_of(rng, seq_lens)
+    rows, kv_heads, size = 4, 2, 64
+    qkv = mx.array(rng.normal(size=(rows, (group + 2) * kv_heads * size))).astype(mx.float16)
+    angles = rng.uniform(size=(rows, size // 2))
+    cos_sin = mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, kv_heads, size))).astype(mx.float16)
+    slots = np.full(8, -1, np.int32)
+    last = np.array(seq_lens) - 1
+    slots[: len(last)] = batch.block_table[np.arange(len(last)), last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
+    weights = [mx.array(rng.normal(size=size)).astype(mx.float16) for _ in range(2)]
+    norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-3} if norm else {}
+    sizes, packed = decode_plan.pack_decode(batch, None, 16, rows, BLOCK_SIZE)
+    plan = sizes.unpack(mx.array(packed))
+    query, written = reference.rope_and_cache(qkv, cos_sin, cache + 0, mx.array(slots), **norms)
+    want = reference.decode_attention(query, written, plan, scale=0.125)
+    mx.eval(cache, want, written)
+    plain = kernels.rope_decode_kernel("metal", mx.float16, mx.float16, size, BLOCK_SIZE, group, size, False).variant
+    for variant in (plain, replace(plain, ahead=1)):
+        pages = cache + 0
+        mx.eval(pages)
+        got = kernels.rope_decode(qkv, cos_sin, pages, mx.array(slots), plan, variant, scale=0.125, **norms)
+        mx.eval(got)
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(np.array(pages), np.array(written), rtol=2e-3, atol=2e-3)

@@ -55,6 +55,25 @@ def test_ragged_prompts(route, dtype):
     check([70, 1, 0, 16, 5], [70, 40, 3, 16, 90], dtype=dtype, route=route)
 
 
+def test_rows_of_the_step_where_there_are_no_earlier_ones():
+    rng = np.random.default_rng(0)
+    batch, blocks = batch_of(rng, [20, 7, 9], [20, 30, 9], 8)
+    query = mx.array(rng.normal(size=(batch.num_tokens, 4, 64))).astype(mx.float16)
+    key, value = (mx.array(rng.normal(size=(batch.num_tokens, 2, 64))).astype(mx.float16) for _ in range(2))
+    at = np.concatenate([np.arange(20), np.arange(23, 30), np.arange(9)])
+    request = np.repeat(np.arange(3), [20, 7, 9])
+    slots = mx.array((batch.block_table[request, at // 8] * 8 + at % 8).astype(np.int32))
+    cache = mx.array(rng.normal(size=(blocks, 2, 8, 2, 64))).astype(mx.float16)
+    written, _ = reference.reshape_and_cache(key, value, cache, slots)
+    want = reference.paged_attention(query, written, batch, scale=0.125)
+    mx.eval(written, want)
+    # Nothing but the second request's pages is read.
+    others = mx.array(batch.block_table[[0, 2]].ravel())
+    written[others] = mx.array(float("nan"), mx.float16)
+    got = kernels.prefill_gathered(query, written, batch, key=key, value=value, scale=0.125)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("window", [1, 20, 33])
 def test_sliding_window(window):
     check([70, 9], [100, 90], sliding_window=window)

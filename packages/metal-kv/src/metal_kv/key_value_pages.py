@@ -35,12 +35,15 @@ def attend_rows(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: mx.array,
     batch: RaggedBatch,
+    *,
+    key: mx.array | None = None,
+    value: mx.array | None = None,
     **options: Any,
 ) -> Float[mx.array, "tokens q_heads head_size"]:
-    """Return attention over the pages; ``options`` are those of ``metal_kernels.paged_attention``."""
+    """Return attention over the pages; keywords are those of ``metal_kernels.paged_attention``."""
     if spec.rows:
         return quantized_paged_attention(query, kv_cache, batch, spec.rows, **options)
-    return paged_attention(query, kv_cache, batch, **options)
+    return paged_attention(query, kv_cache, batch, key=key, value=value, **options)
 
 
 def gather_rows(

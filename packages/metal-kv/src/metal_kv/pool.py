@@ -153,6 +153,8 @@ class LayerCache:
         sinks: Float[mx.array, "q_heads"] | None = None,
         sliding_window: int | None = None,
         order_token: mx.array | None = None,
+        key: Float[mx.array, "tokens kv_heads head_size"] | None = None,
+        value: Float[mx.array, "tokens kv_heads head_size"] | None = None,
     ) -> Float[mx.array, "tokens q_heads head_size"]:
         """Return attention of a step's rows over the cached context of their requests, themselves included.
 
@@ -164,6 +166,8 @@ class LayerCache:
             sinks: One extra logit per head that takes part in the softmax and has no value.
             sliding_window: Positions a row sees, its own included; None for what the spec says.
             order_token: What ``write`` of the same step returned.
+            key: What ``write`` was given, where it is at hand: requests without earlier rows may be read from it.
+            value: Likewise.
         """
         spec = self._attention_spec("attend")
         output = attend_rows(
@@ -176,6 +180,8 @@ class LayerCache:
             soft_cap=soft_cap,
             sinks=sinks,
             order_token=order_token,
+            key=key,
+            value=value,
         )
         self._slab.note_read(output)
         return output

@@ -243,6 +243,7 @@ class PagedView(CacheView):
             sinks=sinks,
             sliding_window=window,
             order_token=self._order_token,
+            **self._own_rows(),
         )
         if self.step.spans.concern(window):
             if soft_cap is not None or sinks is not None:
@@ -252,6 +253,12 @@ class PagedView(CacheView):
         if self._value_padding:
             out = out[..., : self._value_size]
         return out[:, :, None]
+
+    def _own_rows(self) -> dict[str, mx.array]:
+        """Return the rows that this view wrote in the step, as they were written."""
+        if self.keys is None or self.values is None or self._key_padding or self._value_padding:
+            return {}
+        return {"key": _rows(self.keys, 0), "value": _rows(self.values, 0)}
 
     def _attend_spans(self, rows: mx.array, metadata: AttentionMetadata, window: int | None, scale: float) -> mx.array:
         spans = self.step.spans

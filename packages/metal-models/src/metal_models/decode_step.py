@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float, Int32
 
-from metal_kernels import DecodeSizes, decode_attention, kernels, pack_decode, rope_and_cache, target
+from metal_kernels import DecodePlan, DecodeSizes, kernels, pack_decode, rope_and_attend, target
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool, LayerCache
 from metal_kv.spec import AttentionSpec
@@ -101,8 +101,7 @@ class DecodeStep:
             key, cache = self._keys[index], self._caches[index]
             if layer.rotation not in cos_sin:
                 cos_sin[layer.rotation] = layer.rotation.cos_sin(positions)
-            query = _write(cache, layer, qkv, cos_sin[layer.rotation], slots[key])
-            return decode_attention(query, cache.kv_cache, plans[key], scale=layer.scale)
+            return _attend(cache, layer, qkv, cos_sin[layer.rotation], slots[key], plans[key])
 
         return self._program(token_ids, attend, self._few_rows)
 
@@ -158,17 +157,19 @@ def _packed(
     return _StepSizes(reqs, tuple(plans)), np.concatenate(parts)
 
 
-def _write(cache: LayerCache, layer: DecodeLayer, qkv: mx.array, cos_sin: mx.array, slots: mx.array) -> mx.array:
-    """Rotate and write a layer's rows; return the queries, which order the reads that follow."""
-    queries = []
+def _attend(
+    cache: LayerCache, layer: DecodeLayer, qkv: mx.array, cos_sin: mx.array, slots: mx.array, plan: DecodePlan
+) -> mx.array:
+    """Rotate, write and attend a layer's rows."""
+    outputs = []
 
     def write(pages: mx.array) -> mx.array:
-        norms: dict[str, Any] = {}
+        options: dict[str, Any] = {"scale": layer.scale, "traditional": layer.rotation.traditional}
         if isinstance(layer.q_norm, nn.RMSNorm) and isinstance(layer.k_norm, nn.RMSNorm):
-            norms = {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight, "eps": layer.q_norm.eps}
-        query, written = rope_and_cache(qkv, cos_sin, pages, slots, traditional=layer.rotation.traditional, **norms)
-        queries.append(query)
+            options |= {"q_norm": layer.q_norm.weight, "k_norm": layer.k_norm.weight, "eps": layer.q_norm.eps}
+        attended, written = rope_and_attend(qkv, cos_sin, pages, slots, plan, **options)
+        outputs.append(attended)
         return written
 
     cache.update(write)
-    return queries[0]
+    return outputs[0]

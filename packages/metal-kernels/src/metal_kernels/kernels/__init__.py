@@ -4,7 +4,7 @@ Cache writes happen in place. The array that a write returns as order token is a
 kernel that reads the cache takes it as an input: that alone orders the two, within a step and between steps.
 """
 
-from metal_kernels.kernels.blocks import copy_blocks, gather_blocks
+from metal_kernels.kernels.blocks import copy_blocks, gather_blocks, gather_halves
 from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
@@ -29,6 +29,7 @@ from metal_kernels.kernels.dispatch import (
     prefill_kernel,
     quantized_decode_kernel,
     quantized_write_kernel,
+    rope_decode_kernel,
     routing_kernel,
     row_kernels,
     short_conv_kernel,
@@ -40,7 +41,7 @@ from metal_kernels.kernels.latent_rope_and_cache import latent_rope_and_cache
 from metal_kernels.kernels.mla_decode import mla_decode
 from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
-from metal_kernels.kernels.paged_decode import paged_decode
+from metal_kernels.kernels.paged_decode import paged_decode, rope_decode
 from metal_kernels.kernels.prefill import prefill
 from metal_kernels.kernels.prefill_gathered import prefill_gathered
 from metal_kernels.kernels.prefill_tiled import prefill_tiled
@@ -77,6 +78,7 @@ __all__ = [
     "gated_delta_decode",
     "gated_delta_kernel",
     "gather_blocks",
+    "gather_halves",
     "gathered_prefill",
     "gather_states",
     "linear_kernel",
@@ -101,6 +103,8 @@ __all__ = [
     "quantized_write_kernel",
     "reshape_and_cache",
     "rope_and_cache",
+    "rope_decode",
+    "rope_decode_kernel",
     "routing_kernel",
     "row_kernels",
     "short_conv_decode",

@@ -11,6 +11,9 @@ _THREADS = 256
 _GATHER = PortableKernel(
     "gather_blocks", ("kv_cache_in", "blocks_in", "order_in"), ("pages_out",), "gather_blocks.metal"
 )
+_GATHER_HALVES = PortableKernel(
+    "gather_halves", ("kv_cache_in", "blocks_in", "order_in"), ("pages_out",), "gather_halves.metal"
+)
 _SCATTER = PortableKernel(
     "scatter_blocks", ("kv_cache_in", "pages_in", "blocks_in"), ("order_out",), "scatter_blocks.metal"
 )
@@ -31,6 +34,26 @@ def gather_blocks(
         threadgroups=(block_ids.size, 1),
         threads=_THREADS,
         template={"PAGE_WORDS": _page_words(kv_cache), "THREADS": _THREADS},
+    )
+    return pages
+
+
+def gather_halves(
+    kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
+    block_ids: Int32[mx.array, "gathered"],
+    order_token: mx.array | None,
+) -> Float[mx.array, "2 gathered block_size kv_heads head_size"]:
+    """Return the keys of ``block_ids`` and then their values, read after ``order_token``.
+
+    The keys of a block are a multiple of 16 bytes; there is at least one block.
+    """
+    _, _, *half = kv_cache.shape
+    (pages,) = _GATHER_HALVES(
+        [kv_cache, mx.contiguous(block_ids), order_input(order_token)],
+        [((2, block_ids.size, *half), kv_cache.dtype)],
+        threadgroups=(block_ids.size, 2),
+        threads=_THREADS,
+        template={"HALF_WORDS": prod(half) * kv_cache.dtype.size // 16, "THREADS": _THREADS},
     )
     return pages
 

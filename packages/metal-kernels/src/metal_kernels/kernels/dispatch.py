@@ -26,6 +26,7 @@ _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
 _MAX_EXPERTS = 1024
 _MAX_EXPERT_ROWS = 64
+_FEW_EXPERT_ROWS = 4
 _MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
@@ -142,13 +143,14 @@ class ExpertVariant:
     """How linear layers of experts are laid out.
 
     Args:
-        rows: Rows of the weight that a SIMD-group takes.
+        rows: Rows of two weights that a SIMD-group takes at once; of one weight it takes twice as many.
         simdgroups: SIMD-groups of a threadgroup.
-    """
         turns: How often it does so: looking for the rows of an expert costs as much as some turns.
+    """
 
     rows: int
     simdgroups: int
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class LinearVariant:
 
 @dataclass(frozen=True)
 class GatheredPrefill:
-    """Keys and values are copied out of their pages for MLX's fused attention, request by request."""
+    """MLX's fused attention, request by request, over the step's own rows or copies of pages."""
 
 
 def page_kernels(target: Target, dtype: mx.Dtype, size: int) -> Accepted[PageKernels] | Rejected:
@@ -238,6 +240,27 @@ def decode_kernel(
     if block_size not in BLOCK_SIZES:
         return Rejected(f"block size {block_size} is not one of {BLOCK_SIZES}")
     return Accepted(decode_variant(target, cache_dtype, head_size, group))
+
+
+def rope_decode_kernel(
+    target: Target,
+    query_dtype: mx.Dtype,
+    cache_dtype: mx.Dtype,
+    head_size: int,
+    block_size: int,
+    group: int,
+    rotary: int,
+    traditional: bool,
+) -> Accepted[DecodeVariant] | Rejected:
+    """Decide on paged decode that rotates and writes its rows itself; ``rotary`` elements of a head rotate."""
+    if rotary != head_size or traditional:
+        return Rejected(f"{rotary} of {head_size} elements rotate; the kernel rotates the halves of whole heads")
+    if query_dtype != cache_dtype:
+        return Rejected(f"query is {query_dtype}, cache {cache_dtype}; the kernel takes both alike")
+    decode = decode_kernel(target, query_dtype, cache_dtype, head_size, block_size, group)
+    if isinstance(decode, Accepted) and decode.variant.parts > 1:
+        return Rejected(f"{decode.variant.parts} threadgroups share a key head; which of them would write it is open")
+    return decode
 
 
 def decode_variant(target: Target, cache_dtype: mx.Dtype, head_size: int, group: int) -> DecodeVariant:
@@ -358,8 +381,8 @@ def expert_kernel(
     if dtype not in FLOAT_DTYPES or weight_dtype != dtype:
         return Rejected(f"rows are {dtype}, weights {weight_dtype}; the kernel takes both in one float type")
     _, output, size = shape
-    if output % 2 or size % 8:
-        return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 2 and of 8")
+    if output % 4 or size % 8:
+        return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 4 and of 8")
     if not 0 < tokens <= _MAX_EXPERT_ROWS:
         return Rejected(f"{tokens} rows; for more than {_MAX_EXPERT_ROWS} matrix units are faster")
     return Accepted(ExpertVariant(rows=2, simdgroups=4, turns=1 if tokens <= _FEW_EXPERT_ROWS else 4))
@@ -399,7 +422,7 @@ class PrefillWork:
     Args:
         reqs: Number of requests.
         rows: Of all of them.
-        keys: Of all of them, as many as a request has.
+        keys: To be copied out of pages, of all of them.
         pairs: Of rows and keys that they see, in all of them.
         longest: Keys of the longest request.
     """

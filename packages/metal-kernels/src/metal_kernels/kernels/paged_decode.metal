@@ -1,6 +1,8 @@
 // Attention of one query row over one range of its keys, for HEADS query heads that share a key head.
 // A group of LANES lanes takes a key and a value at a time; each lane holds WIDTH consecutive dimensions.
-// Scores are in units of log2. DIRECT is 1 if every row has one range: then it writes the result.
+// Scores are in units of log2. DIRECT is 1 if every row has one range: then it writes the result. WRITES is 1 if rows
+// come as they are projected: then queries are normalised and rotated here, and the range that ends with a row's own key
+// writes that key and its value to their page first.
 constexpr int WIDTH = HEAD_SIZE / LANES;
 constexpr int STREAMS = SIMDGROUPS * 32 / LANES;
 constexpr int KEYS = STREAMS * UNROLLED;  // of a round
@@ -23,6 +25,51 @@ const int table = work_in[work * 4 + 1];
 const int begin = work_in[work * 4 + 2];
 const int end = work_in[work * 4 + 3];
 
+#if WRITES
+constexpr int HALF_LANES = LANES / 2;
+constexpr int PROJECTED = (Q_HEADS + 2 * KV_HEADS) * HEAD_SIZE;
+const int lane_dims = lane * WIDTH;
+float cosine[WIDTH];
+float sine[WIDTH];
+UNROLL for (int i = 0; i < WIDTH; ++i) {
+  cosine[i] = cos_sin_in[row * HEAD_SIZE + lane % HALF_LANES * WIDTH + i];
+  sine[i] = cos_sin_in[row * HEAD_SIZE + HEAD_SIZE / 2 + lane % HALF_LANES * WIDTH + i];
+  if (lane < HALF_LANES) sine[i] = -sine[i];
+}
+#define NORMALISE_AND_ROTATE(x, norm)                                                                     \
+  if (NORM) {                                                                                             \
+    float square = 0.0f;                                                                                  \
+    UNROLL for (int i = 0; i < WIDTH; ++i) square += x[i] * x[i];                                         \
+    UNROLL for (int step = HALF_LANES; step > 0; step /= 2) square += simd_shuffle_xor(square, step);     \
+    const float shrink = rsqrt_precise(square / HEAD_SIZE + factors_in[2]);                               \
+    UNROLL for (int i = 0; i < WIDTH; ++i) {                                                              \
+      x[i] = to_f32(from_f32<T>(x[i] * shrink * to_f32(norm[lane_dims + i])));                            \
+    }                                                                                                     \
+  }                                                                                                       \
+  UNROLL for (int i = 0; i < WIDTH; ++i) {                                                                \
+    const float other = simd_shuffle_xor(x[i], HALF_LANES);                                               \
+    x[i] = to_f32(from_f32<T>(x[i] * cosine[i] + other * sine[i]));                                       \
+  }
+const int slot = slots_in[row];
+const int own = block_table_in[table + max(end - 1, 0) / BLOCK_SIZE] * BLOCK_SIZE + max(end - 1, 0) % BLOCK_SIZE;
+if (begin < end && slot == own) {
+  if (simdgroup_index == 0) {
+    const DEV(T)* projected = qkv_in + long(row) * PROJECTED + (Q_HEADS + kv_head) * HEAD_SIZE + lane_dims;
+    float key[WIDTH];
+    load_f32<WIDTH>(projected, key);
+    NORMALISE_AND_ROTATE(key, k_norm_in)
+    if (stream == 0) {
+      DEV(C)* page = const_cast<DEV(C)*>(kv_cache_in)
+          + ((long(slot / BLOCK_SIZE) * 2 * BLOCK_SIZE + slot % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_SIZE + lane_dims;
+      UNROLL for (int i = 0; i < WIDTH; ++i) {
+        page[i] = from_f32<C>(key[i]);
+        page[BLOCK_SIZE * KV_HEADS * HEAD_SIZE + i] = from_f32<C>(to_f32(projected[KV_HEADS * HEAD_SIZE + i]));
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+}
+#endif
 float q[HEADS][WIDTH];
 float o[HEADS][WIDTH];
 float max_score[HEADS];
@@ -31,9 +78,16 @@ UNROLL for (int h = 0; h < HEADS; ++h) {
   const int head = kv_head * GROUP + min(first_head + h, GROUP - 1);
   max_score[h] = LOWEST;
   sum[h] = 0.0f;
+#if WRITES
+  load_f32<WIDTH>(qkv_in + long(row) * PROJECTED + head * HEAD_SIZE + lane_dims, q[h]);
+  NORMALISE_AND_ROTATE(q[h], q_norm_in)
+#endif
   UNROLL for (int i = 0; i < WIDTH; ++i) {
+#if !WRITES
     const long at = row * query_in_strides[0] + head * query_in_strides[1] + (lane * WIDTH + i) * query_in_strides[2];
-    q[h][i] = to_f32(query_in[at]) * factors_in[0];
+    q[h][i] = to_f32(query_in[at]);
+#endif
+    q[h][i] *= factors_in[0];
     o[h][i] = 0.0f;
   }
 }

@@ -23,6 +23,8 @@ def prefill(
     soft_cap: float | None = None,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
+    key: Float[mx.array, "rows kv_heads head_size"] | None = None,
+    value: Float[mx.array, "rows kv_heads head_size"] | None = None,
 ) -> Float[mx.array, "rows q_heads head_size"]:
     """Attend each row to its own request's keys; see :func:`metal_kernels.paged_attention`.
 
@@ -35,14 +37,20 @@ def prefill(
         soft_cap: Cap of the scores.
         sinks: Extra logit per query head.
         order_token: Of the last write.
+        key: Keys of ``batch``, as written.
+        value: Values, likewise.
     """
     q_heads, head_size = query.shape[1:]
     kind = (target(), query.dtype, kv_cache.dtype)
     hidden = sliding_window is not None and sliding_window < batch.max_seq_len
-    work = batch.once("prefill work", lambda: _work(batch))
+    if key is None or value is None or not key.dtype == value.dtype == kv_cache.dtype:
+        key = value = None
+    work = batch.once(("prefill work", key is None), lambda: _work(batch, own_rows=key is not None))
     heads = (q_heads, kv_cache.shape[3], head_size)
     if isinstance(gathered_prefill(*kind, heads, work, hidden or soft_cap is not None), Accepted):
-        return prefill_gathered(query, kv_cache, batch, scale=scale, sinks=sinks, order_token=order_token)
+        return prefill_gathered(
+            query, kv_cache, batch, key=key, value=value, scale=scale, sinks=sinks, order_token=order_token
+        )
     window = sliding_window if hidden else None
     tiled = prefill_kernel(*kind, head_size)
     if isinstance(tiled, Accepted):
@@ -65,10 +73,11 @@ def prefill(
     )
 
 
-def _work(batch: RaggedBatch) -> PrefillWork:
+def _work(batch: RaggedBatch, *, own_rows: bool) -> PrefillWork:
     rows, keys = batch.query_lens.astype(np.int64), batch.seq_lens.astype(np.int64)
     pairs = rows * (keys - rows) + rows * (rows + 1) // 2
-    return PrefillWork(batch.num_reqs, batch.num_tokens, int(keys.sum()), int(pairs.sum()), batch.max_seq_len)
+    copied = keys[rows < keys] if own_rows else keys
+    return PrefillWork(batch.num_reqs, batch.num_tokens, int(copied.sum()), int(pairs.sum()), batch.max_seq_len)
 
 
 def _seen_pages(

@@ -1,10 +1,10 @@
-"""Attention of requests with several rows, one by one over copies of their keys, in MLX's fused kernel."""
+"""Attention of requests with several rows, one by one in MLX's fused kernel: over own rows or copies of pages."""
 
 import mlx.core as mx
 from jaxtyping import Float
 
-from metal_kernels.kernels.blocks import gather_blocks
-from metal_kernels.ragged import RaggedBatch, device_array
+from metal_kernels.kernels.blocks import gather_halves
+from metal_kernels.ragged import RaggedBatch
 
 
 def prefill_gathered(
@@ -12,6 +12,8 @@ def prefill_gathered(
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     batch: RaggedBatch,
     *,
+    key: Float[mx.array, "rows kv_heads head_size"] | None = None,
+    value: Float[mx.array, "rows kv_heads head_size"] | None = None,
     scale: float,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
@@ -22,29 +24,28 @@ def prefill_gathered(
         query: Rows of ``batch``.
         kv_cache: Pages of one layer, in the queries' dtype.
         batch: Requests that have rows.
+        key: Keys of ``batch``, as written: all that a request without earlier rows sees.
+        value: Values, likewise.
         scale: Factor on the scores.
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
     _, _, block_size, kv_heads, head_size = kv_cache.shape
-    tables = batch.once(("block ids", block_size), lambda: _block_ids(batch, block_size))
     if sinks is not None:
         sinks = sinks.astype(query.dtype)
+    table, width = batch.on_device("block_table"), batch.block_table.shape[1]
     outputs = []
-    for request, block_ids in enumerate(tables):
+    for request, seq_len in enumerate(batch.seq_lens.tolist()):
         start, end = batch.query_start_loc[request : request + 2].tolist()
-        pages = gather_blocks(kv_cache, block_ids, order_token)
-        keys, values = (
-            pages[:, half].reshape(1, -1, kv_heads, head_size)[:, : int(batch.seq_lens[request])].swapaxes(1, 2)
-            for half in (0, 1)
-        )
-        rows = query[start:end].swapaxes(0, 1)[None]
+        if key is not None and value is not None and end - start == seq_len:
+            seen = key[start:end][None], value[start:end][None]
+        else:
+            block_ids = table[request * width : request * width - (-seq_len // block_size)]
+            halves = gather_halves(kv_cache, block_ids, order_token).reshape(2, 1, -1, kv_heads, head_size)
+            seen = tuple(half.squeeze(0)[:, :seq_len] for half in mx.split(halves, 2))  # an index would copy
+        rows, keys, values = (array.swapaxes(1, 2) for array in (query[start:end][None], *seen))
         out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale, mask="causal", sinks=sinks)
-        outputs.append(out[0].swapaxes(0, 1))
-    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-
-
-def _block_ids(batch: RaggedBatch, block_size: int) -> list[mx.array]:
-    """Return the blocks of each request; device arrays have eight elements at least, so they are cut on the device."""
-    counts = -(-batch.seq_lens // block_size)
-    return [device_array(row[:count])[: int(count)] for row, count in zip(batch.block_table, counts, strict=True)]
+        outputs.append(out.squeeze(0).swapaxes(0, 1))
+    joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    # The rows are to be written also where nothing reads them from their pages.
+    return joined if order_token is None else mx.depends([joined], [order_token])[0]

@@ -26,21 +26,43 @@ const int end = work_in[work * 4 + 3];
 TG(HALF)* tile = (TG(HALF)*)(tile_words + simdgroup_index * 2 * STRIDE);
 TG(float)* scales = all_scales + simdgroup_index * 32;  // of the keys, then of the values
 
-// Queries relative to their largest element, as float16.
-for (int h = 0; h < 16; ++h) {  // zeros from HEADS on: matrices are loaded in pairs
-  const int head = kv_head * GROUP + first_head + h;
-  float x[HEAD_SIZE / 32 + 1];
-  float largest = 0.0f;
+// Keys and values are loaded a tile ahead.
+uint4 next_key[CHUNKS];
+uint4 next_value[CHUNKS];
+uint next_scale = 0;
+#define SLOT_OF(position) \
+  (long(block_table_in[table + (position) / BLOCK_SIZE]) * BLOCK_SIZE + (position) % BLOCK_SIZE)
+#define LOAD_TILE(first)                                                                                       \
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {                                                                    \
+    const int key = min((c * 32 + lane) / ROW_CHUNKS, 15);                                                     \
+    const DEV(uint)* cached = kv_cache_in + SLOT_OF(max(0, min((first) + key, end - 1))) * ROW_WORDS           \
+        + kv_head * (HEAD_SIZE / 4) + (c * 32 + lane) % ROW_CHUNKS * 4;                                        \
+    next_key[c] = *(const DEV(uint4)*)cached;                                                                  \
+    next_value[c] = *(const DEV(uint4)*)(cached + VALUE_DATA);                                                 \
+  }                                                                                                            \
+  next_scale = kv_cache_in[SLOT_OF(max(0, min((first) + lane % 16, end - 1))) * ROW_WORDS + 2 * VALUE_DATA     \
+      + (lane < 16 ? 0 : KV_HEADS) + kv_head];
+LOAD_TILE(begin + simdgroup_index * 16)
+
+// Queries relative to their largest element, as float16; zeros from HEADS on: matrices are loaded in pairs.
+float x[HEADS][HEAD_SIZE / 32 + 1];
+UNROLL for (int h = 0; h < HEADS; ++h) {
+  const int head = kv_head * GROUP + min(first_head + h, GROUP - 1);
   UNROLL for (int c = 0; c <= HEAD_SIZE / 32; ++c) {
-    const int i = c * 32 + lane;
-    const bool held = i < HEAD_SIZE && h < HEADS && first_head + h < GROUP;
-    x[c] = held ? to_f32(query_in[row * query_in_strides[0] + head * query_in_strides[1] + i * query_in_strides[2]]) : 0.0f;
-    largest = max(largest, magnitude(x[c]));
+    const int i = min(c * 32 + lane, HEAD_SIZE - 1);
+    x[h][c] = to_f32(query_in[row * query_in_strides[0] + head * query_in_strides[1] + i * query_in_strides[2]]);
   }
+}
+for (int i = HEADS * STRIDE + lane; i < 16 * STRIDE; i += 32) tile[i] = from_f32<HALF>(0.0f);
+if (lane >= HEADS && lane < 16) scales[lane] = 0.0f;
+UNROLL for (int h = 0; h < HEADS; ++h) {
+  float largest = 0.0f;
+  UNROLL for (int c = 0; c <= HEAD_SIZE / 32; ++c) largest = max(largest, magnitude(x[h][c]));
   UNROLL for (int step = 16; step > 0; step /= 2) largest = max(largest, simd_shuffle_xor(largest, step));
+  const float per_unit = largest > 0.0f && first_head + h < GROUP ? 1.0f / largest : 0.0f;
   UNROLL for (int c = 0; c <= HEAD_SIZE / 32; ++c) {
     const int i = c * 32 + lane;
-    if (i < HEAD_SIZE) tile[h * STRIDE + i] = from_f32<HALF>(largest > 0.0f ? x[c] / largest : 0.0f);
+    if (i < HEAD_SIZE) tile[h * STRIDE + i] = from_f32<HALF>(x[h][c] * per_unit);
   }
   if (lane == 0) scales[h] = largest;
 }
@@ -58,37 +80,19 @@ float max_score[2] = {LOWEST, LOWEST};
 float sum[2] = {0.0f, 0.0f};
 float unit = 0.0f;  // of the weights: the largest scale of a value so far
 
-uint4 next_key[CHUNKS];
-uint4 next_value[CHUNKS];
-uint next_scale = 0;
-for (int first = begin + (simdgroup_index - SIMDGROUPS) * 16; first < end; first += SIMDGROUPS * 16) {
+for (int first = begin + simdgroup_index * 16; first < end; first += SIMDGROUPS * 16) {
   uint4 value_words[CHUNKS];
   simdgroup_barrier(mem_flags::mem_threadgroup);  // the tile has been used
-  const bool loaded = first >= begin;
-  if (loaded) {
-    float scale = bits_f32(next_scale);
-    if (lane < 16 ? KEY_FORMAT == 1 : VALUE_FORMAT == 1) scale *= 256.0f;
-    scales[lane] = scale;
-  }
+  float scale = bits_f32(next_scale);
+  if (lane < 16 ? KEY_FORMAT == 1 : VALUE_FORMAT == 1) scale *= 256.0f;
+  scales[lane] = scale;
   UNROLL for (int c = 0; c < CHUNKS; ++c) {
     const int key = (c * 32 + lane) / ROW_CHUNKS;
     const int chunk = (c * 32 + lane) % ROW_CHUNKS;
-    if (key < 16) {
-      if (loaded) {
-        store_halves<KEY_FORMAT>(next_key[c], (TG(uint4)*)(tile + key * STRIDE + chunk * 16));
-        value_words[c] = next_value[c];
-      }
-      const int position = min(first + SIMDGROUPS * 16 + key, end - 1);
-      const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE;
-      const DEV(uint)* cached = kv_cache_in + slot * ROW_WORDS + kv_head * (HEAD_SIZE / 4) + chunk * 4;
-      next_key[c] = *(const DEV(uint4)*)cached;
-      next_value[c] = *(const DEV(uint4)*)(cached + VALUE_DATA);
-    }
+    if (key < 16) store_halves<KEY_FORMAT>(next_key[c], (TG(uint4)*)(tile + key * STRIDE + chunk * 16));
+    value_words[c] = next_value[c];
   }
-  const int position = min(first + SIMDGROUPS * 16 + lane % 16, end - 1);
-  const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE;
-  next_scale = kv_cache_in[slot * ROW_WORDS + 2 * VALUE_DATA + (lane < 16 ? 0 : KV_HEADS) + kv_head];
-  if (!loaded) continue;
+  LOAD_TILE(first + SIMDGROUPS * 16)
   simdgroup_barrier(mem_flags::mem_threadgroup);
   MatrixC scores;
   clear(scores);

@@ -24,6 +24,8 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
+    key: Float[mx.array, "tokens kv_heads head_size"] | None = None,
+    value: Float[mx.array, "tokens kv_heads head_size"] | None = None,
 ) -> Float[mx.array, "tokens q_heads head_size"]:
     """Attend each row to its own request's keys; see :func:`metal_kernels.paged_attention`.
 
@@ -37,6 +39,8 @@ def paged_attention(
         soft_cap: Cap of the scores.
         sinks: Extra logit per query head.
         order_token: Of the last write.
+        key: The step's own keys, as written.
+        value: Its values, likewise.
     """
     if batch.num_tokens == 0:
         return query
@@ -52,5 +56,6 @@ def paged_attention(
         outputs.append(paged_decode(query, kv_cache, plan, decode.variant, **options))
     if split.others is not None:
         rows = query[split.other_rows]
-        outputs.append(prefill(rows, kv_cache, split.others, sliding_window=sliding_window, **options))
+        own = {} if key is None or value is None else {"key": key[split.other_rows], "value": value[split.other_rows]}
+        outputs.append(prefill(rows, kv_cache, split.others, sliding_window=sliding_window, **options, **own))
     return split.join(outputs)

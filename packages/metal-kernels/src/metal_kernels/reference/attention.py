@@ -29,12 +29,15 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Float[mx.array, "q_heads"] | None = None,
     order_token: mx.array | None = None,
+    key: Float[mx.array, "tokens kv_heads head_size"] | None = None,
+    value: Float[mx.array, "tokens kv_heads head_size"] | None = None,
 ) -> Float[mx.array, "tokens q_heads head_size"]:
     """Attend each row to its own request's keys; see :func:`metal_kernels.paged_attention`.
 
     Requests with one row are padded to a common context in groups of similar length; the others are done
     one by one in tiles of rows. Which rows and keys those are is planned once for all layers of a step.
     """
+    del key, value  # the cache has them
     if batch.num_tokens == 0:
         return query
     _, _, block_size, kv_heads, head_size = kv_cache.shape
