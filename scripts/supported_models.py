@@ -35,7 +35,8 @@ supported architecture is compared with mlx-lm's own generation, in full precisi
 (`packages/metal-models/tests/test_parity.py`). The verdicts are those of a Linux machine without a GPU.
 
 What decides is what the layers ask of their cache, so options in a config can matter: rotary embeddings with
-`dynamic` scaling, for example, are refused in any architecture.
+`dynamic` scaling, for example, are refused in any architecture. How weights may be stored and quantised is another
+question: see [weight formats](weight-formats.md).
 
 mlx-lm also loads these types as another architecture: {aliases}.
 
