@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten, tree_map
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from vllm_metal_hub.testing import FaultServer
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
 IMAGE = 8
@@ -98,9 +100,17 @@ def directory(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    log = tmp_path_factory.mktemp("log") / "log"
-    with serving(directory, log, *FLAGS) as running, running.client() as connected:
+def hub(directory: Path) -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        server.add("org/tiny", {file.name: file.read_bytes() for file in directory.iterdir()})
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub: FaultServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    home = tmp_path_factory.mktemp("home")
+    variables = hub.environment(home) | {"HF_HUB_OFFLINE": "0", "VLLM_METAL_HUB_TIMEOUT": "20"}
+    with serving("org/tiny", home / "log", *FLAGS, **variables) as running, running.client() as connected:
         yield connected
 
 
@@ -157,6 +167,12 @@ def test_bad_image_gets_400_and_the_server_lives(client: openai.OpenAI, content:
     with pytest.raises(openai.BadRequestError):
         ask(client, *content)
     assert len(ask(client, text("w20")).choices[0].token_ids) == 8
+
+
+def test_only_the_fetching_process_asks_the_hub(client: openai.OpenAI, hub: FaultServer) -> None:
+    ask(client, part(IMAGES[1]))
+    assert "preprocessor_config.json" in {request.path.rpartition("/")[2] for request in hub.requests}
+    assert [r.command for r in hub.requests if "vllm_metal_hub.fetch" not in r.command] == []
 
 
 def test_language_model_alone(model: Any, directory: Path, tmp_path: Path) -> None:
