@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 
+from vllm_metal_plugin.multimodal.encoder_memory import measure_encoder
+
 pytest.importorskip("mlx_vlm")
 pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
@@ -254,11 +256,16 @@ def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: E
     assert list(finished["stays"].outputs[0].token_ids) == expected(PROMPTS[0])
 
 
-def test_towers_are_planned_for(engine: Callable[..., LLM]) -> None:
+def test_encoders_are_planned_for(engine: Callable[..., LLM]) -> None:
     llm = engine(kv_cache_memory_bytes=None, max_num_batched_tokens=32)
     worker = worker_of(llm)
-    assert worker.towers.nbytes > 0
     assert tokens_of(ask(llm, PROMPTS[:1]))
+    whole = measure_encoder(worker.towers, llm.llm_engine.vllm_config, on_cpu=False)
+    scaled = measure_encoder(worker.towers, llm.llm_engine.vllm_config, on_cpu=True)
+    # 28,224 pixels at most: 36 tokens of 64 float32 numbers, of 4 patches of 1,176 numbers each.
+    assert whole.cache_bytes == scaled.cache_bytes == 36 * 64 * 4
+    assert whole.run_bytes >= 36 * 4 * 1176 * 4
+    assert scaled.run_bytes >= whole.run_bytes // 2
 
 
 @pytest.mark.parametrize(
