@@ -49,6 +49,7 @@ class Case:
     audio: Callable[[], Piece] | None = None
     joined: set[str] = field(default_factory=lambda: {"pixel_values", "pixel_values_videos"})
     renamed: dict[str, str] = field(default_factory=dict)
+    adjust: Callable[[dict[str, Any]], None] = lambda inputs: None
 
 
 def text(length: int) -> Piece:
@@ -87,6 +88,34 @@ def qwen3_video(times: int, rows: int, columns: int) -> Piece:
         "video_grid_thw": np.array([times, rows, columns]),
     }
     return Piece(frame * times, "video", [token == VIDEO for token in frame] * times, data)
+
+
+def square_image(crops: int, tokens: int) -> Callable[[int, int], Piece]:
+    """Return what makes images of a size that is always the same, or crops of it."""
+
+    def make(rows: int, columns: int) -> Piece:
+        del rows, columns
+        pixels = RNG.standard_normal((crops, 3, 16, 16)).astype(np.float32)
+        return Piece([IMAGE] * tokens, "image", None, {"pixel_values": pixels})
+
+    return make
+
+
+def add_batch(inputs: dict[str, Any]) -> None:
+    inputs["pixel_values"] = inputs["pixel_values"][None]
+
+
+def add_sizes(inputs: dict[str, Any]) -> None:
+    count, _, height, width = inputs["pixel_values"].shape
+    inputs["image_sizes"] = torch.tensor([[height, width]] * count)
+
+
+def mistral_image(rows: int, columns: int) -> Piece:
+    """An image whose rows of merged patches end in a mark; transformers takes several of one size only."""
+    del rows, columns
+    pixels = RNG.standard_normal((3, 16, 24)).astype(np.float32)
+    marks = [*[IMAGE] * 3, END] * 2
+    return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
 
 
 def gemma_image(rows: int, columns: int) -> Piece:
@@ -132,11 +161,15 @@ def gemma4_audio() -> Piece:
 
 
 CASES = {
+    "internvl": Case(square_image(2, 8)),
+    "llava": Case(square_image(1, 16)),
+    "mistral3": Case(mistral_image, joined=set(), adjust=add_sizes),
     "paddleocr_vl": Case(paddle_image),
     "qwen2_vl": Case(qwen_image),
     "qwen2_5_vl": Case(qwen_image, qwen2_5_video),
     "qwen3_vl": Case(qwen_image, qwen3_video),
     "qwen3_5": Case(qwen_image, qwen3_video),
+    "smolvlm": Case(square_image(3, 12), adjust=add_batch),
     "gemma3": Case(gemma_image),
     "gemma4": Case(
         gemma4_image, gemma4_video, gemma4_audio,
@@ -251,6 +284,8 @@ def reference_inputs(case: Case, tokens: Sequence[int], items: Sequence[Multimod
         arrays = [item.data[name] for item in items if name in item.data]
         joined = np.concatenate(arrays) if name in case.joined else np.stack(arrays)
         inputs[case.renamed.get(name, name)] = torch.from_numpy(joined)
+    if items:
+        case.adjust(inputs)
     return inputs
 
 

@@ -62,15 +62,11 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the language model's tensors, whatever the level that the checkpoint has them at."""
-        own = {}
-        for name, array in weights.items():
-            name = name.removeprefix("model.") if name.startswith(tuple(f"model.{e}" for e in _ENCODERS)) else name
-            if name.startswith(_ENCODERS):
-                continue
-            for level in ("model.language_model.", "model.text_model."):
-                if name.startswith(level):
-                    name = "model." + name.removeprefix(level)
-            own[name.removeprefix("language_model.")] = array
+        own = {
+            _language_name(name): array
+            for name, array in weights.items()
+            if not name.removeprefix("model.").startswith(_ENCODERS)
+        }
         if hasattr(self.language_model, "sanitize"):
             own = self.language_model.sanitize(own)
         return {f"language_model.{name}": array for name, array in own.items()}
@@ -85,3 +81,11 @@ class Model(nn.Module):
         from mlx_lm.models.cache import make_prompt_cache
 
         return make_prompt_cache(self.language_model)
+
+
+def _language_name(name: str) -> str:
+    """Return what the language model itself calls a tensor."""
+    for level in ("model.language_model.", "model.text_model."):
+        if name.startswith(level):
+            return "model." + name.removeprefix(level)
+    return name.removeprefix("language_model.")

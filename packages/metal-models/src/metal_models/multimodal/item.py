@@ -52,8 +52,9 @@ class MultimodalItem:
         """
         value: Any = self.data.get(name)
         if value is None:
+            found = ", ".join(sorted(self.data)) or "nothing"
             raise MetalModelsError(
-                f"[encode] expected {name} for an input of kind {self.modality}, got {', '.join(sorted(self.data))}. "
+                f"[encode] expected {name} for an input of kind {self.modality}, got {found}. "
                 "Give what the model's own processor returns."
             )
         array = mx.array(value)

@@ -18,6 +18,10 @@ from metal_models.multimodal.towers import Towers
 _FAMILIES = {
     "gemma3": "gemma3",
     "gemma4": "gemma4",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
+    "llava": "llava",
+    "mistral3": "mistral3",
     "paddleocr_vl": "paddleocr_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen2_vl": "qwen2_vl",
@@ -25,6 +29,7 @@ _FAMILIES = {
     "qwen3_5_moe": "qwen3_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
+    "smolvlm": "idefics3",
 }
 
 

@@ -15,9 +15,9 @@ from metal_models.multimodal.item import MultimodalItem
 
 # For mlx-vlm's language models that are made beside towers, never evaluated and dropped.
 SMALL_TEXT: dict[str, Any] = {
-    "model_type": "text", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
     "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-    "max_position_embeddings": 8, "rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]},
+    "max_position_embeddings": 8, "tie_word_embeddings": True,
 }  # fmt: skip
 
 

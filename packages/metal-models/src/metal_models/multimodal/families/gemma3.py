@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float
 
+from metal_models.multimodal.families.llava import pixels_of, with_vision_model
 from metal_models.multimodal.item import MultimodalItem
 from metal_models.multimodal.towers import Towers
 
@@ -23,11 +24,8 @@ class Family(Towers):
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:
-        """Return the name with the level that transformers 5 leaves out; a pooling head is for other uses."""
-        name = name.removeprefix("model.")
-        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-        return None if ".head." in name else name
+        """Return the name with the level that transformers 5 leaves out."""
+        return with_vision_model(name)
 
     @classmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
@@ -41,8 +39,7 @@ class Family(Towers):
 
     def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
         """Return the rows of all crops, the whole image first."""
-        pixels = item.array("pixel_values", self.dtype).transpose(0, 2, 3, 1)
-        hidden = self.parts["vision_tower"](pixels)[0]
+        hidden = self.parts["vision_tower"](pixels_of(item, self.dtype))[0]
         rows = self.parts["multi_modal_projector"](hidden)
         # The language model multiplies what it takes for embeddings of tokens by this, rounded likewise.
         scale = mx.array(rows.shape[-1] ** 0.5, mx.bfloat16).astype(mx.float32)

@@ -24,7 +24,8 @@ class Family(Towers):
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """Return a config of the tower alone, with the one name that mlx-vlm accepts."""
         vision = config["vision_config"] | {"model_type": cls.package}
-        return {"model_type": cls.package, "vision_config": vision, "text_config": SMALL_TEXT}
+        text = SMALL_TEXT | {"rope_scaling": {"type": "default", "mrope_section": [2, 1, 1]}}
+        return {"model_type": cls.package, "vision_config": vision, "text_config": text}
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

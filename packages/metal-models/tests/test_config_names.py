@@ -1,0 +1,30 @@
+"""Configs written by transformers 5 mean what they say."""
+
+from metal_models.config_names import with_old_names
+from metal_models.registry import build
+
+
+def test_rope_parameters_are_known_by_their_old_names_too() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0, "partial_rotary_factor": 0.5}
+    named = with_old_names({"model_type": "llama", "rope_parameters": rope})
+    assert (named["rope_theta"], named["partial_rotary_factor"]) == (5e5, 0.5)
+    assert named["rope_scaling"] == {"type": "linear", **rope}
+
+
+def test_old_names_win() -> None:
+    assert with_old_names({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}})["rope_theta"] == 1.0
+
+
+def test_kinds_of_layers() -> None:
+    rope = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "per_layer_config": {"1": {"head_dim": 512}}}
+    named = with_old_names({"text_config": {"rope_parameters": rope, **layers}})["text_config"]
+    assert (named["rope_theta"], named["rope_local_base_freq"], named["global_head_dim"]) == (1e6, 1e4, 512)
+
+
+def test_models_are_built_with_them(lab) -> None:
+    config = lab.read_config("qwen2")
+    for name in ("rope_theta", "rope_scaling"):
+        config.pop(name, None)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1234.0}
+    assert build(config).model.layers[0].self_attn.rope.base == 1234.0

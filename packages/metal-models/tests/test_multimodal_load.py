@@ -1,0 +1,114 @@
+"""Towers of a checkpoint: what is found, what is refused and why."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from metal_models import CheckpointError, MetalModelsError, load
+from metal_models.multimodal import MultimodalItem, Towers, has_towers, load_towers
+from metal_models.multimodal.families.qwen3_vl import Family
+from metal_models.multimodal.mlx_vlm_models import build as build_vlm
+from metal_models.registry import build
+
+CONFIGS = Path(__file__).parent / "configs_multimodal"
+
+
+def config_of(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return config
+
+
+def image(rows: int = 4, columns: int = 4, length: int = 4) -> MultimodalItem:
+    pixels = np.random.default_rng(0).standard_normal((rows * columns, 96)).astype(np.float32)
+    return MultimodalItem(
+        "image", 0, length, None, {"pixel_values": pixels, "image_grid_thw": np.array([1, rows, columns])}
+    )
+
+
+def write(path: Path, *, bits: int | None = None, drop: str = "nothing") -> dict[str, Any]:
+    """Write a tiny Qwen3-VL as mlx-vlm's converter does."""
+    pytest.importorskip("mlx_vlm")
+    config = config_of("qwen3_vl")
+    config["text_config"]["model_type"] = "qwen3_vl_text"
+    whole: Any = nn.Module()
+    whole.vision_tower = build_vlm("qwen3_vl", Family.vlm_config(config)).module.vision_tower
+    whole.language_model = build(config).language_model
+    if bits is not None:
+        config["quantization"] = {"group_size": 32, "bits": bits}
+        nn.quantize(
+            whole, 32, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0
+        )
+    arrays: Any = tree_flatten(whole.parameters())
+    kept = {name: array for name, array in arrays if not name.startswith(drop)}
+    mx.save_safetensors(str(path / "model.safetensors"), kept)
+    (path / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def test_verdicts() -> None:
+    pytest.importorskip("mlx_vlm")
+    assert has_towers(config_of("qwen3_vl")).modalities == {"image", "video"}
+    assert has_towers(config_of("gemma4")).modalities == {"image", "video", "audio"}
+    assert [has_towers(config_of(name)).whole_items for name in ("gemma3", "qwen3_5")] == [True, False]
+    silent = config_of("gemma4") | {"audio_config": None}
+    assert has_towers(silent).modalities == {"image", "video"}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"model_type": "llama"}, "no encoder for 'llama'"), ({"model_type": "gemma3"}, "describes no encoder")],
+)
+def test_reasons(config: dict[str, Any], reason: str) -> None:
+    verdict = has_towers(config)
+    assert not verdict
+    assert reason in str(verdict.reason)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_both_halves_of_a_converted_checkpoint(tmp_path: Path, bits: int | None) -> None:
+    config = write(tmp_path, bits=bits)
+    towers = load_towers(tmp_path, config)
+    assert load(tmp_path).vocab_size == 128
+    assert towers.encode(image()).shape == (4, 3 * 64)
+    assert towers.nbytes > 0
+    halved = load_towers(tmp_path, config, dtype=mx.bfloat16)
+    assert (halved.dtype, halved.encode(image()).dtype) == (mx.bfloat16, mx.bfloat16)
+
+
+@pytest.mark.parametrize("drop", ["vision_tower", "vision_tower.merger.linear_fc1.weight"])
+def test_missing_tensors(tmp_path: Path, drop: str) -> None:
+    config = write(tmp_path, drop=drop)
+    with pytest.raises(CheckpointError, match=r"Missing .* vision_tower.*serve the language model alone"):
+        load_towers(tmp_path, config)
+
+
+def test_an_unknown_family(tmp_path: Path) -> None:
+    with pytest.raises(MetalModelsError, match=r"got 'llama'\. Serve the language model alone"):
+        load_towers(tmp_path, {"model_type": "llama"})
+
+
+@pytest.fixture
+def towers(tmp_path: Path) -> Towers:
+    return load_towers(tmp_path, write(tmp_path))
+
+
+def test_items_that_do_not_fit(towers: Towers) -> None:
+    with pytest.raises(MetalModelsError, match=r"expected 5 embeddings .* got 4"):
+        towers.encode(image(length=5))
+    with pytest.raises(MetalModelsError, match="expected one of image, video, got audio"):
+        towers.encode(MultimodalItem("audio", 0, 1, None, {}))
+    with pytest.raises(MetalModelsError, match="expected pixel_values for an input of kind image, got nothing"):
+        towers.encode(MultimodalItem("image", 0, 1, None, {}))
+
+
+def test_transformers_keeps_its_own_processors(towers: Towers) -> None:
+    from transformers import AutoProcessor
+
+    assert towers.package == "qwen3_vl"
+    assert AutoProcessor.from_pretrained.__module__.startswith("transformers.")
