@@ -10,6 +10,7 @@ from metal_kernels import RaggedBatch
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.key_value_pages import gather_rows
 from metal_kv.pool import LayerCache
+from metal_kv.spec import AttentionSpec
 from metal_models.errors import MetalModelsError
 from metal_models.spans import Spans
 
@@ -261,10 +262,11 @@ class PagedView(CacheView):
         return {"key": _rows(self.keys, 0), "value": _rows(self.values, 0)}
 
     def _attend_spans(self, rows: mx.array, metadata: AttentionMetadata, window: int | None, scale: float) -> mx.array:
-        spans = self.step.spans
+        spans, spec = self.step.spans, self._layer.spec
+        assert isinstance(spec, AttentionSpec)
 
         def attend(pages: mx.array, batch: RaggedBatch) -> mx.array:
-            return spans.attend(rows, partial(gather_rows, self._layer.spec, pages), batch, scale=scale, window=window)
+            return spans.attend(rows, partial(gather_rows, spec, pages), batch, scale=scale, window=window)
 
         return self._layer.read(metadata, attend, self._order_token)
 

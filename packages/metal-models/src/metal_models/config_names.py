@@ -4,14 +4,17 @@ from functools import cache
 from typing import Any
 
 
-@cache
 def reading_new_names(args_class: Any) -> Any:
     """Return a model's arguments class that also understands configs written by transformers 5.
 
     Many of mlx-lm's files look for ``rope_theta`` and fall back to a number of their own, silently, where a config has
     ``rope_parameters`` instead.
     """
+    return _reading(args_class)
 
+
+@cache
+def _reading(args_class: Any) -> Any:
     def from_dict(cls: Any, params: dict[str, Any]) -> Any:
         return args_class.from_dict.__func__(cls, with_old_names(params))
 

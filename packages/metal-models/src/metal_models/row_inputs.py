@@ -67,7 +67,7 @@ def rope_sections(config: dict[str, Any]) -> RopeSections | None:
     text = config.get("text_config") or config
     for rope in (text.get("rope_scaling"), text.get("rope_parameters"), config.get("rope_scaling")):
         sizes = (rope or {}).get("mrope_section")
-        if sizes and len(sizes) == 3:
+        if rope and sizes and len(sizes) == 3:
             return RopeSections((sizes[0], sizes[1], sizes[2]), bool(rope.get("mrope_interleaved")))
     return None
 
@@ -185,7 +185,7 @@ class RowInputs:
                 f"[forward] expected embeddings of a multiple of {self._hidden_size} elements, got {width}. "
                 "Give the model the output of its own towers."
             )
-        return mx.split(embeddings.values, width // self._hidden_size, axis=1)
+        return list(mx.split(embeddings.values, width // self._hidden_size, axis=1))
 
     def _watch(self) -> None:
         """Let the modules of the model ask this object; once."""
@@ -237,7 +237,8 @@ def _turn_to(module: Any, subclass: Any, asked: Any) -> None:
 @cache
 def _embedding(cls: Any) -> Any:
     def call(self: Any, ids: mx.array) -> mx.array:
-        return self._row_inputs.embedded(cls.__call__(self, ids))
+        inputs: RowInputs = self._row_inputs
+        return inputs.embedded(cls.__call__(self, ids))
 
     return _subclass(cls, call)
 
@@ -254,7 +255,8 @@ def _layer(cls: Any) -> Any:
 @cache
 def _rope(cls: Any) -> Any:
     def call(self: Any, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
-        return self._row_inputs.turned(self, lambda *a, **k: cls.__call__(*a, **k, **kwargs), x, offset)
+        inputs: RowInputs = self._row_inputs
+        return inputs.turned(self, lambda *a, **k: cls.__call__(*a, **k, **kwargs), x, offset)
 
     return _subclass(cls, call)
 

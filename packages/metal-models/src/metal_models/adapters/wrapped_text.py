@@ -49,7 +49,7 @@ class Model(nn.Module):
     """The language model, with a checkpoint of the whole."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.args = args
         self.model_type = args.model_type
         model_class, args_class = mlx_lm_classes(args.text_config)

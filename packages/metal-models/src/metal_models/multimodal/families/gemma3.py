@@ -40,7 +40,7 @@ class Family(Towers):
     def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
         """Return the rows of all crops, the whole image first."""
         hidden = self.parts["vision_tower"](pixels_of(item, self.dtype))[0]
-        rows = self.parts["multi_modal_projector"](hidden)
+        rows: mx.array = self.parts["multi_modal_projector"](hidden)
         # The language model multiplies what it takes for embeddings of tokens by this, rounded likewise.
         scale = mx.array(rows.shape[-1] ** 0.5, mx.bfloat16).astype(mx.float32)
         return (rows.astype(mx.float32) / scale).astype(rows.dtype).reshape(-1, rows.shape[-1])

@@ -32,10 +32,11 @@ class Family(llava.Family):
         """Return the rows of all crops; patches that are padding have no position."""
         pixels, size = pixels_of(item, self.dtype), self.config["vision_config"]["patch_size"]
         down, across = pixels.shape[1] // size, pixels.shape[2] // size
-        shown = np.ones((pixels.shape[0], down, across), bool)
+        mask = np.ones(pixels.shape[:3], np.int64)
         if "pixel_attention_mask" in item.data:
-            mask = item.integers("pixel_attention_mask").reshape(-1, *pixels.shape[1:3])
-            shown = mask[:, : down * size, : across * size].reshape(-1, down, size, across, size).any(axis=(2, 4))
+            mask = item.integers("pixel_attention_mask").reshape(mask.shape)
+        squares = mask[:, : down * size, : across * size].reshape(-1, down, size, across, size)
+        shown = squares.max(axis=(2, 4)) > 0
         hidden, *_ = self.parts["vision_model"](pixels, patch_attention_mask=mx.array(shown))
         rows: mx.array = self.parts["connector"](hidden.astype(self.dtype))
         return rows.reshape(-1, rows.shape[-1])
