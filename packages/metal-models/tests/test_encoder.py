@@ -167,6 +167,28 @@ def test_quantised_checkpoint(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.forward(mx.array(prompts()[2]), starts(prompts()[2:3])), expected)
 
 
+def test_adapters_of_some_prompts(tmp_path: Path) -> None:
+    """A PEFT adapter for one of two prompts gives it the rows of a model with merged weights."""
+    model = torch_model("xlm-roberta")
+    model.save_pretrained(tmp_path)
+    loaded = load_encoder(tmp_path)
+    name = "encoder.layer.1.attention.self.query"
+    a, b = torch.randn(4, 64) / 8, torch.randn(64, 4) / 2
+    tensors = {f"base_model.model.roberta.{name}.lora_{part}.weight": t.numpy() for part, t in (("A", a), ("B", b))}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), {k: mx.array(v) for k, v in tensors.items()})
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["layer.1.attention.self.query"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    loaded.lora.add(1, loaded.lora.load(adapter, max_rank=4))
+    sequences = prompts((7, 12))
+    with loaded.lora.applied(np.repeat(np.array([0, 1], np.int32), [7, 12])):
+        rows = np.array(loaded.forward(mx.array(np.concatenate(sequences)), starts(sequences)))
+    np.testing.assert_allclose(rows[:7], rows_of(model, sequences[0]), atol=5e-5)
+    model.get_submodule(name).weight.data += 2.0 * b @ a
+    np.testing.assert_allclose(rows[7:], rows_of(model, sequences[1]), atol=5e-5)
+
+
 def test_positions_that_a_prompt_may_have(tmp_path: Path) -> None:
     for name, longest in (("bert", 128), ("xlm-roberta", 126), ("modernbert", 128)):
         torch_model(name).save_pretrained(tmp_path)

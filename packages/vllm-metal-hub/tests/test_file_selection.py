@@ -29,6 +29,18 @@ def test_safetensors_and_small_files_without_duplicates_of_the_weights():
     ]  # fmt: skip
 
 
+def test_layers_on_top_of_embedding_models():
+    assert names(
+        "o/n", "config.json", "pytorch_model.bin", "sparse_linear.pt", "colbert_linear.pt", "long.pt",
+    ) == ["colbert_linear.pt", "config.json", "pytorch_model.bin", "sparse_linear.pt"]  # fmt: skip
+    assert names(
+        "o/n", "model.safetensors", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors",
+        "3_Dense/pytorch_model.bin", "extra/model.safetensors",
+    ) == [
+        "2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "model.safetensors",
+    ]  # fmt: skip
+
+
 def test_the_index_decides_which_shards():
     found = names(
         "o/n", "config.json", INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",

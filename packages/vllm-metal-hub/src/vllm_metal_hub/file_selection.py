@@ -17,6 +17,8 @@ _SMALL = re.compile(
 )
 # Folders of other formats of the same weights.
 _OTHER_FORMATS = re.compile(r"^(original|onnx|openvino|coreml|tf|flax|metal|gguf|runs|checkpoint-\d+)/")
+# Layers on top of embedding models, in files of their own: BGE-M3's, and projections of sentence-transformers.
+_HEAD = re.compile(r"^((sparse|colbert)_linear\.pt|(?P<folder>\d+_Dense)/(model\.safetensors|pytorch_model\.bin))$")
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.(?P<ext>safetensors|gguf)$")
 
 
@@ -58,7 +60,7 @@ def select(ref: ModelRef, entries: Iterable[FileEntry], index_text: str | None =
     elif selection_is_gguf(ref):
         weights = _gguf_files(ref, listing)
     else:
-        weights = _weights(ref, listing, index_text)
+        weights = _weights(ref, listing, index_text) + _heads(listing)
     small = [e for e in listing if _is_small(e.path)]
     return tuple(sorted({e.path: e for e in [*small, *weights]}.values(), key=lambda e: e.path))
 
@@ -97,6 +99,15 @@ def _weights(ref: ModelRef, listing: tuple[FileEntry, ...], index_text: str | No
             "Choose a repository that has them."
         )
     return fallback
+
+
+def _heads(listing: tuple[FileEntry, ...]) -> list[FileEntry]:
+    """Files of layers on top; of two formats of one layer the first by name, safetensors."""
+    heads: dict[str, FileEntry] = {}
+    for entry in sorted(listing, key=lambda e: e.path):
+        if match := _HEAD.match(entry.path):
+            heads.setdefault(match["folder"] or entry.path, entry)
+    return list(heads.values())
 
 
 def shards_of_index(index_text: str) -> set[str]:
