@@ -134,6 +134,53 @@ LEGAL = {
         "if (sg == 0) simdgroup_store(c, out, 8);",
         (X.reshape(8, 8) @ X.reshape(8, 8).T).ravel(),
     ),
+    "vectors_of_bool": (
+        "bool4 big = float4(x[i]) > float4(3); bool2 two = vec<bool, 2>(true, false); "
+        "out[i] = any(big) && all(!(big && bool4(two.y))) ? float4(big).w + two.x : 0;",
+        np.where(X > 3, 2, 0),
+    ),
+    "scalars_among_vectors": (
+        "float4 v = clamp(max(float4(x[i]), 3.0f), 0.0f, 5.0f); v = select(v, float4(0), v > 4.5f); "
+        "out[i] = v.y + min(2, int2(7)).x + mix(float2(0), float2(1), 0.5f).x;",
+        np.where(X > 4, 0, np.maximum(X, 3)) + 2.5,
+    ),
+    "packed_vectors": (
+        "packed_float3 p = packed_float3(1, 2, x[i]); p.x += 1; p *= 2.0f; out[i] = (p + float3(1)).z + p.x + p[1];",
+        2 * X + 1 + 4 + 4,
+    ),
+    "packed_and_unpacked_words": (
+        "uint word = pack_float_to_unorm4x8(float4(1, 0, 0, 1)); "
+        "out[i] = word == 0xFF0000FFu ? unpack_snorm2x16_to_float(0x7FFFu).x : 0;",
+        np.ones(64),
+    ),
+    "small_matrices": (
+        "float2x3 m = float2x3(float3(1, 2, 3), float3(4, 5, 6)); m[1] *= 2.0f; "
+        "out[i] = (m * float2(1, x[i])).z + (transpose(m) * m)[0][0] + determinant(float3x3(2.0f));",
+        3 + 12 * X + 14 + 8,
+    ),
+    "alignment_of_threadgroup_memory": (
+        f"threadgroup char c[3]; threadgroup alignas(16) float t[64]; c[lid % 3] = 1; t[lid] = x[i]; {BARRIER} "
+        "out[i] = ((threadgroup float4*)t)[lid / 4][3 - lid % 4] + c[2];",
+        X.reshape(16, 4)[:, ::-1].ravel() + 1,
+    ),
+    "structs_in_constant_memory": (
+        "Pair p = table[i % 2]; Pair q; q = p; q += p; out[i] = q.b;",
+        np.where(X % 2, 8, 4),
+        "struct Pair { float a, b; thread Pair& operator+=(Pair o) { b += o.b; return *this; } };\n"
+        "constant Pair table[2] = {{1, 2}, {3, 4}};\n",
+    ),
+    "quads": (
+        "uint votes = (quad_vote::vote_t)quad_ballot(lane % 4 == 1); "
+        "out[i] = quad_prefix_inclusive_sum(1.0f) + quad_all(true) + 10 * votes;",
+        X % 4 + 2 + 20,
+    ),
+    "nested_brackets": ("int at[2] = {1, 0}; out[i] = x[i + at[at[0]]];", X),
+    "one_value_written_by_all": (f"threadgroup float t; t = simd_sum(1.0f); {BARRIER} out[i] = t;", np.full(64, 32.0)),
+    "write_after_read_behind_a_bare_barrier": (
+        f"threadgroup float t[64]; t[lid] = x[i]; {BARRIER} float v = t[63 - lid]; "
+        "threadgroup_barrier(mem_flags::mem_none); t[lid] = v; out[i] = t[lid];",
+        63 - X,
+    ),
     "matrix_elements": (
         "simdgroup_float8x8 a; simdgroup_load(a, x, 8); a.thread_elements()[0] += 1; "
         "if (sg == 0) simdgroup_store(a, out, 8);",
@@ -146,6 +193,28 @@ LEGAL = {
 def test_legal_kernel(name):
     body, expected, *header = LEGAL[name]
     np.testing.assert_allclose(run(body, header="".join(header)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["safe", "fast"])
+def test_math_mode_is_visible(mode):
+    kernel = metal_kernel(
+        "k",
+        ["x"],
+        ["out"],
+        "#ifdef __FAST_MATH__\nout[0] = 1;\n#else\nout[0] = 0;\n#endif",
+        compile_options={"math_mode": mode},
+    )
+    call = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1)}
+    (out,) = kernel(inputs=[0], output_shapes=[(1,)], output_dtypes=[mx.int32], **call)
+    assert out.item() == (mode == "fast")
+
+
+def test_complex_numbers_in_constant_memory():
+    z = mx.array([1 + 2j, 3 - 1j])
+    kernel = metal_kernel("k", ["z"], ["out"], "complex64_t a = z[0]; complex64_t b = z[1]; out[0] = a * b;")
+    call = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1)}
+    (out,) = kernel(inputs=[z], output_shapes=[(1,)], output_dtypes=[mx.complex64], **call)
+    assert out.item() == 5 + 5j
 
 
 def test_ragged_grid_and_small_threadgroups():
@@ -296,6 +365,17 @@ def test_traced_inputs_are_refused():
     finally:
         if was_disabled:
             mx.disable_compile()
+
+
+def test_name_that_is_no_identifier():
+    kernel = metal_kernel("step_0.5", ["x"], ["out"], "out[0] = x[0];")
+    with pytest.raises(KernelCompileError, match=r"letters, digits and '_', got 'step_0\.5'"):
+        kernel(inputs=[1], output_shapes=[(1,)], output_dtypes=[mx.int32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
+def test_empty_threadgroup():
+    with pytest.raises(SimulatorError, match="at least one thread"):
+        run("out[i] = x[i];", threadgroup=0)
 
 
 def test_settings_must_run_something():

@@ -37,7 +37,7 @@ CASES = {
     "read_after_the_end": Case("out[i] = x[i + 1];", FaultKind.OUT_OF_BOUNDS_READ, 2),
     "read_before_the_start": Case("out[i] = x[int(i) - 1];", FaultKind.OUT_OF_BOUNDS_READ, 2),
     "write_after_the_end": Case("float v = x[i];\nout[i + 1] = v;", FaultKind.OUT_OF_BOUNDS_WRITE, 3),
-    "write_far_away": Case("out[i * 100000] = x[i];", FaultKind.OUT_OF_BOUNDS_WRITE, 2),
+    "write_far_away": Case("out[i * 10000000] = x[i];", FaultKind.OUT_OF_BOUNDS_WRITE, 2),
     "read_through_index": Case("out[i] = x[idx[i] * 2];", FaultKind.OUT_OF_BOUNDS_READ, 2),
     "vector_read_over_the_end": Case(
         "if (i < 16) {\nfloat4 v = *(const device float4*)(x + i * 4 + 4);\nout[i] = v.x; }",
@@ -168,6 +168,12 @@ CASES = {
     "output_never_written": Case("if (i != 7) out[i] = x[i];", FaultKind.NEVER_WRITTEN, None),
     "second_output_never_written": Case("out[i] = x[i];", FaultKind.NEVER_WRITTEN, None, call={"write_count": False}),
     "grid_too_small": Case("out[i] = x[i];", FaultKind.NEVER_WRITTEN, None, grid=SIZE - 4),
+    "atomic_on_uninitialised_memory": Case(
+        f"threadgroup atomic_uint n;\natomic_fetch_add_explicit(&n, 1u, memory_order_relaxed);\n{BARRIER}\n"
+        "out[i] = atomic_load_explicit(&n, memory_order_relaxed);",
+        FaultKind.UNINITIALISED_READ,
+        3,
+    ),
     # Alignment
     "misaligned_vector": Case(
         "if (i < 8) {\n  float4 v = *(const device float4*)(x + i * 4 + 1);\n  "
@@ -196,6 +202,11 @@ CASES = {
     ),
     # Control and arithmetic
     "division_by_zero": Case("out[i] = x[i] + int(i) / idx[0];", FaultKind.DIVISION_BY_ZERO, 2),
+    "too_much_private_memory": Case(
+        "float v[200000];\nfor (uint k = 0; k < 200000; k++) v[k] = x[k % 64];\nout[i] = v[i * 100];",
+        FaultKind.CRASH,
+        None,
+    ),
     "endless_loop": Case("uint k = i;\nwhile (x[k % 64] >= 0) {\n  k++;\n}\nout[i] = k;", FaultKind.ENDLESS, None),
 }
 
@@ -253,6 +264,11 @@ def test_schedules_alone_expose_races(name: str) -> None:
     with pytest.raises(KernelFault) as caught:
         run(CASES[name], checked=False)
     assert caught.value.findings[0].kind is FaultKind.SCHEDULE_DEPENDENT
+
+
+def test_unchecked_run_survives_a_wild_access() -> None:
+    with pytest.raises(KernelFault, match="memory that does not exist"):
+        run(CASES["write_far_away"], checked=False)
 
 
 def test_unwritten_outputs_can_be_allowed() -> None:

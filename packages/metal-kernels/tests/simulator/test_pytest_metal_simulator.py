@@ -23,6 +23,9 @@ PROJECT = """
 
     def test_metal_is_available():
         assert mx.metal.is_available() == {pretended}
+        assert (mx.default_device() == mx.gpu) == {pretended}
+        with mx.stream(mx.default_device()):
+            assert (mx.ones(2) + 1).tolist() == [2, 2]
 """
 
 

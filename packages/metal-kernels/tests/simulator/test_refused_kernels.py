@@ -66,6 +66,10 @@ BODIES = {
     "ambiguous_min_signs": Case("n[i] = min(n[i], i);", "ambiguous"),
     "half_and_float_max": Case("out[i] = max(x[i], h[i]);", "ambiguous"),
     "exp_of_integer": Case("out[i] = exp(n[i]);", "ambiguous"),
+    "narrowing_in_braces": Case("half v{x[i]}; out[i] = v;", "narrowed"),
+    "choice_between_lanes": Case(
+        "float4 v = float4(x[i]); v = v > 0.0f ? v : -v; out[i] = v.x;", "cannot be a vector"
+    ),
     "runtime_array_size": Case("float v[i + 1]; out[i] = v[0];", "constant expression"),
     "missing_return": Case("out[i] = f(i);", "return", "float f(uint i) { if (i > 1) return 1; }\n"),
     "uninitialised_scalar": Case("float v; out[i] = v + 1;", "uninitialized"),
@@ -78,6 +82,10 @@ BODIES = {
     "std_namespace": Case("out[i] = std::max(x[i], 0.0f);", "std"),
     "misspelt_function": Case("out[i] = rsqr(x[i]);", "rsqr"),
     "barrier_without_flags": Case("threadgroup_barrier(); out[i] = 1;", "no matching function"),
+    "c_function": Case("out[i] = expf(x[i]);", "expf"),
+    "barrier_with_two_arguments": Case(
+        "threadgroup_barrier(mem_flags::mem_none, 1); out[i] = 1;", "no matching function"
+    ),
     "barrier_with_integer": Case("threadgroup_barrier(2); out[i] = 1;", "no matching function"),
     "no_such_flag": Case("threadgroup_barrier(mem_flags::mem_local); out[i] = 1;", "mem_local"),
     "simd_sum_of_long": Case("out[i] = simd_sum((long)i);", "no matching function"),
@@ -101,6 +109,23 @@ BODIES = {
         "atomic holds",
     ),
     # Language that Metal does not have
+    "lambda": Case("auto f = [](float v) { return v + 1; }; out[i] = f(x[i]);", "lambda"),
+    "recursion": Case(
+        "out[i] = even(x[i]);",
+        "calls itself",
+        "float odd(float v);\nfloat even(float v) { return v < 1 ? v : odd(v - 1); }\n"
+        "float odd(float v) { return even(v - 1); }\n",
+    ),
+    "method_on_device_object": Case(
+        "device S* s = (device S*)out; s[i].clear();",
+        "not marked 'device'",
+        "struct S { float v; void clear() { v = 0; } };\n",
+    ),
+    "method_on_threadgroup_object": Case(
+        "threadgroup S s; s.v = 1; out[i] = s.get();",
+        "not marked 'threadgroup'",
+        "struct S { float v; float get() const { return v; } };\n",
+    ),
     "goto": Case("again: if (x[i] > 0) goto again;", "'goto' does not exist"),
     "inline_assembly": Case('asm("nop"); out[i] = 1;', "'asm' does not exist"),
     "exception": Case("if (i > 3) throw 1;", "'throw' does not exist"),
@@ -182,5 +207,5 @@ def test_language_versions_differ() -> None:
 
 def test_line_within_a_part() -> None:
     body = "float v = x[i];\nfloat w = v;\nout[i] = w + missing;\n"
-    with pytest.raises(KernelCompileError, match="body:3: error"):
+    with pytest.raises(KernelCompileError, match=r"body:3: error: .*\n    out\[i\] = w \+ missing;"):
         check(kernel(body), [(3, 2)])

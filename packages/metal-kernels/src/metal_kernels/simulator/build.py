@@ -24,6 +24,7 @@ _KERNEL = (
     "-w",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fstack-clash-protection",
     "-Xclang",
     "-fbfloat16-excess-precision=none",
 )
@@ -91,7 +92,8 @@ class Library:
     def place(self, line: int, pc: int) -> Place | None:
         """The place of a line of the unit, or of an instruction."""
         line = line or (self._lines.line(pc - self.address_range[0]) if pc else 0)
-        return self.places[line - 1] if 0 < line <= len(self.places) else None
+        place = self.places[line - 1] if 0 < line <= len(self.places) else None
+        return place if place and place.line else None
 
 
 def build(source: Source, kernel: str, mode: Mode, metal_version: tuple[int, int]) -> Library:
@@ -135,7 +137,7 @@ def _compile(
     function = next(i.function for i in unit.program.all_instantiations() if i.host_name == kernel)
     used = unit.program.kernels[function.split("::")[-1]]
     text = json.dumps({"symbol": symbols[kernel], "kernel": used.as_json(), "places": lengths})
-    _write(description, text)
+    write_whole(description, text)
 
 
 def _read_description(library: Path, description: Path) -> Library:
@@ -144,7 +146,8 @@ def _read_description(library: Path, description: Path) -> Library:
     return Library(library, content["symbol"], Kernel.from_json(content["kernel"]), tuple(places))
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Make ``text`` the content of a file; other processes see all of it or nothing."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

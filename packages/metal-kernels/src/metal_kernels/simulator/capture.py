@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import SimulatorError
+from .errors import KernelCompileError, SimulatorError
 from .unit import Source
 
 MLX_METAL_KERNEL: Callable[..., Any] = mx.fast.metal_kernel
@@ -42,6 +42,7 @@ def generated_source(
     body: str,
     inputs: Sequence[mx.array],
     call: dict[str, Any],
+    defines: tuple[str, ...] = (),
 ) -> Generated:
     """Let MLX generate the source of one call without running it.
 
@@ -52,8 +53,10 @@ def generated_source(
         body: As given to MLX.
         inputs: Their dtypes and sizes are part of the source.
         call: The other arguments of the call.
+        defines: Macros that Metal's compiler would be started with.
 
     Raises:
+        KernelCompileError: The name cannot be a part of a function's.
         SimulatorError: MLX printed no source.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -69,11 +72,13 @@ def generated_source(
         raise SimulatorError(f"[simulator] expected MLX to print the source of '{name}', got: {printed[:200]!r}.")
     text = printed[fence + 4 : printed.rindex("\n```")]
     names = _KERNEL_NAME.findall(text)
-    return Generated(names[-1], text, _source(name, header, body, text))
-
-
-def _source(name: str, header: str, body: str, text: str) -> Source:
-    return Source(_parts(name, header, body, text), (mlx_include_directory(),), preamble=_PREAMBLE)
+    if not names:
+        raise KernelCompileError(
+            f"[simulator] expected a kernel name of letters, digits and '_', got '{name}'. "
+            "MLX makes it a part of the function's name."
+        )
+    source = Source(_parts(name, header, body, text), (mlx_include_directory(),), defines, preamble=_PREAMBLE)
+    return Generated(names[-1], text, source)
 
 
 def _parts(name: str, header: str, body: str, text: str) -> tuple[tuple[str, str], ...]:

@@ -136,8 +136,25 @@ def set_function_constants(tokens: TokenList, program: Program, values: dict[str
         tokens[i].text = f"= {values.get(words[1], '0')}"
 
 
+def _take_alignments(tokens: TokenList) -> dict[int, str]:
+    """Remove the ``alignas(n)`` beside each ``threadgroup``; n, by the identity of that token."""
+    alignments = {}
+    for i in tokens.indices():
+        if tokens[i].text != "alignas" or not in_function(tokens[i].scope):
+            continue
+        end = tokens.closing(i + 1)
+        for beside in (i - 1, end + 1):
+            if tokens[beside].text == "threadgroup":
+                alignments[id(tokens[beside])] = tokens.text(i + 2, end)
+                tokens.drop(i, end + 1)
+                break
+    tokens.compact()
+    return alignments
+
+
 def place_threadgroup_variables(tokens: TokenList, program: Program) -> None:
     """Turn ``threadgroup T x[N];`` into a reference to the threadgroup's memory."""
+    alignments = _take_alignments(tokens)
     number = 0
     for i in tokens.indices():
         if tokens[i].text != "threadgroup" or not in_function(tokens[i].scope):
@@ -163,7 +180,8 @@ def place_threadgroup_variables(tokens: TokenList, program: Program) -> None:
             program.error(tokens[i].place, "threadgroup variables can only be declared in a kernel's own body")
         parts = []
         for declarator in declarators:
-            parts.append(_reference(element, declarator[0], "".join(declarator[1:]), number))
+            alignment = alignments.get(id(tokens[i]), "1")
+            parts.append(_reference(element, declarator[0], "".join(declarator[1:]), f"{number}u, ({alignment})"))
             number += 1
         if tokens[i - 1].text in ("static", "const"):
             tokens[i - 1].text = ""
@@ -171,13 +189,13 @@ def place_threadgroup_variables(tokens: TokenList, program: Program) -> None:
         tokens[i].text = " ".join(parts)
 
 
-def _reference(element: str, name: str, dimensions: str, number: int) -> str:
+def _reference(element: str, name: str, dimensions: str, which: str) -> str:
     if not dimensions:
-        return f"threadgroup {element}& {name} = metal::msl_threadgroup<{element}, {number}u>();"
-    alias = f"msl_variable_{number}"
+        return f"threadgroup {element}& {name} = metal::msl_threadgroup<{element}, {which}>();"
+    alias = f"msl_variable_{name}"
     return (
         f"typedef {element} {alias}{dimensions}; "
-        f"threadgroup {alias}& {name} = metal::msl_threadgroup<{alias}, {number}u>();"
+        f"threadgroup {alias}& {name} = metal::msl_threadgroup<{alias}, {which}>();"
     )
 
 

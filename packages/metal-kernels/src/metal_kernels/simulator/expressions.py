@@ -33,6 +33,9 @@ _FORBIDDEN = {
         "dynamic_cast",
         "thread_local",
         "alloca",
+        "_Float16",
+        "__fp16",
+        "__int128",
     ],
     *[
         "__global",
@@ -76,6 +79,7 @@ _NOT_BEFORE_TYPE = {
     "typedef",
 }
 _VALUE_END = {")", "]", ">"}
+_STRUCTS_OF_MLX = {"complex64_t"}
 
 
 def check_words(tokens: TokenList, program: Program) -> None:
@@ -122,6 +126,33 @@ def _typedef_name(tokens: TokenList, index: int) -> set[str]:
     return {words[-1]} if is_vector and tokens[end - 1].kind == "name" else set()
 
 
+def name_bool_vectors(tokens: TokenList) -> None:
+    """``vec<bool, N>`` by its other name: the template itself has no vectors of bool."""
+    for i in tokens.indices():
+        if [tokens[i + k].text for k in (0, 1, 2, 3, 5)] == ["vec", "<", "bool", ",", ">"]:
+            tokens[i].text = f"bool{tokens[i + 4].text}"
+            tokens.drop(i + 1, i + 6)
+            if tokens[i - 1].text == "::" and tokens[i - 2].text == "metal":
+                tokens.drop(i - 2, i)
+    tokens.compact()
+
+
+def copy_from_constant(tokens: TokenList) -> None:
+    """``S v = <expression>;``: clang has no copies of structs out of constant memory."""
+    structs = _STRUCTS_OF_MLX | {tokens[i + 1].text for i in tokens.indices() if tokens[i].text in ("struct", "union")}
+    for i in tokens.indices():
+        if tokens[i].text not in structs or not in_function(tokens[i].scope) or tokens[i + 1].kind != "name":
+            continue
+        if tokens[i + 2].text != "=" or tokens[i + 3].text == "{":
+            continue
+        end = i + 3
+        while tokens[end].text not in (";", ",", ""):
+            end = tokens.closing(end) + 1 if tokens[end].text in ("(", "[", "{") else end + 1
+        if tokens[end].text == ";":
+            tokens[i + 2].text = "= metal::msl_value("
+            tokens[end].text = ");"
+
+
 def drop_coherent(tokens: TokenList) -> None:
     """Drop ``coherent(scope)`` from declarations of device memory."""
     for i in tokens.indices():
@@ -153,11 +184,16 @@ def qualify_constants(tokens: TokenList) -> None:
 
 
 def drop_thread_words(tokens: TokenList) -> None:
-    """Drop ``thread`` where clang cannot bind what Metal binds: const references, constructors, conversions."""
+    """Drop ``thread`` where clang cannot bind what Metal binds.
+
+    Those are const references, constructors, conversions, and what an operator of a class returns of itself.
+    """
     structs = {tokens[i + 1].text for i in tokens.indices() if tokens[i].text in ("struct", "class", "union")}
     for i in tokens.indices():
         if tokens[i].text == "thread" and (
-            _is_const_reference(tokens, i) or _qualifies_constructor(tokens, i, structs)
+            _is_const_reference(tokens, i)
+            or _qualifies_constructor(tokens, i, structs)
+            or _is_result_of_operator(tokens, i)
         ):
             tokens[i].text = ""
     tokens.compact()
@@ -180,6 +216,15 @@ def _is_const_reference(tokens: TokenList, index: int) -> bool:
         elif text not in ("::",) and tokens[i].kind != "name":
             return False
         i += 1
+
+
+def _is_result_of_operator(tokens: TokenList, index: int) -> bool:
+    if tokens[index].scope != "type":
+        return False
+    i = index + 1
+    while tokens[i].kind == "name" or tokens[i].text in ("<", ">", "::", ","):
+        i += 1
+    return tokens[i].text == "&" and tokens[i + 1].text == "operator"
 
 
 def _qualifies_constructor(tokens: TokenList, index: int, structs: set[str]) -> bool:

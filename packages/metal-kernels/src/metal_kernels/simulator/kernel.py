@@ -1,6 +1,6 @@
 """`mx.fast.metal_kernel`, type-checked and executed on the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,8 @@ class SimulatedKernel:
         self._name, self._header, self._body = name, header, source
         self._input_names, self._output_names = list(input_names), list(output_names)
         self._ensure_row_contiguous = ensure_row_contiguous
+        fast = isinstance(compile_options, Mapping) and compile_options.get("math_mode") == "fast"
+        self._defines = ("__FAST_MATH__=1",) * fast
         self._generated: dict[object, Generated] = {}
 
     def __call__(
@@ -109,6 +111,11 @@ class SimulatedKernel:
             KernelCompileError: The source is not valid Metal.
             KernelFault: The kernel misbehaved; the message names the lines.
         """
+        __tracebackhide__ = True
+        if min(threadgroup, default=0) < 1:
+            raise SimulatorError(
+                f"[{self._name}] expected at least one thread in each dimension of a threadgroup, got {threadgroup}."
+            )
         arrays = self._evaluated(inputs)
         call = {
             "output_shapes": [tuple(shape) for shape in output_shapes],
@@ -156,7 +163,8 @@ class SimulatedKernel:
         inputs = tuple((a.dtype, a.ndim == 0, a.size < _SMALL) for a in arrays)
         key = repr((inputs, call["output_dtypes"], call["template"]))
         if key not in self._generated:
-            self._generated[key] = generated_source(self._mlx, self._name, self._header, self._body, arrays, call)
+            text = (self._name, self._header, self._body)
+            self._generated[key] = generated_source(self._mlx, *text, arrays, call, self._defines)
         return self._generated[key]
 
     def _bind(
@@ -193,6 +201,7 @@ class SimulatedKernel:
         self, bound: _Call, generated: Generated, libraries: dict[Mode, Library], chosen: Settings
     ) -> tuple[list[bytes], list[bytes]]:
         """The results of the first schedule, once all runs agree."""
+        __tracebackhide__ = True
         runs = [(Mode.CHECKED, Schedule.ORDERED)] * chosen.checked + [(Mode.FAST, s) for s in chosen.schedules]
         kept: list[tuple[list[bytes], list[bytes]]] = []
         for mode, schedule in runs:
@@ -219,6 +228,7 @@ class SimulatedKernel:
             self._raise(generated, [_difference("an input that is written in place", same_schedule)])
 
     def _raise(self, generated: Generated, findings: Sequence[Finding]) -> None:
+        __tracebackhide__ = True
         if not findings:
             return
         lines = []

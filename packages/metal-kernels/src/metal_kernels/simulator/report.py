@@ -27,8 +27,9 @@ class FaultKind(IntEnum):
     ENDLESS = 12
     DEADLOCK = 13
     MISSING_THREADS_AT_BARRIER = 14
-    SCHEDULE_DEPENDENT = 15
-    UNINITIALISED_VARIABLE = 16
+    CRASH = 15
+    SCHEDULE_DEPENDENT = 16
+    UNINITIALISED_VARIABLE = 17
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ _ACCESSES = {
 }
 
 
+_CRASHES = {
+    False: "access to memory that does not exist",
+    True: "more private memory than a thread has: large private arrays, or recursion",
+}
+
+
 def describe(fault: RawFault, names: list[str]) -> str:
     """One sentence for a fault, without its place; ``names`` are the buffers'."""
     kind = FaultKind(fault.kind)
@@ -109,6 +116,7 @@ def describe(fault: RawFault, names: list[str]) -> str:
         FaultKind.DIVISION_BY_ZERO: f"integer division by zero, {who}",
         FaultKind.ENDLESS: f"the kernel does not end: {who}",
         FaultKind.DEADLOCK: f"deadlock in threadgroup {fault.group}",
+        FaultKind.CRASH: f"{_CRASHES[bool(fault.size)]}, {who}",
         FaultKind.MISSING_THREADS_AT_BARRIER: (
             f"divergent threadgroup_barrier: {fault.offset} of {fault.size} threads reach it, others returned"
         ),

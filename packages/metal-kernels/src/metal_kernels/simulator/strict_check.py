@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from .build import precompiled
-from .errors import KernelCompileError
-from .pointers import pointers_without_space
+from .build import precompiled, write_whole
+from .errors import KernelCompileError, ToolchainError
+from .syntax_rules import violations
 from .toolchain import cache_directory, digest, toolchain
 from .unit import LANGUAGE, Source, Unit, translate
 
@@ -23,6 +23,7 @@ _STRICT = (
     "-Werror=uninitialized",
     "-Werror=sometimes-uninitialized",
     "-Werror=return-type",
+    "-Werror=c++11-narrowing",
     "-Wimplicit-float-conversion",
     "-ferror-limit=20",
     "-ftemplate-backtrace-limit=0",
@@ -32,6 +33,7 @@ _STRICT = (
     "-ast-dump",
 )
 _DIAGNOSTIC = re.compile(r"^(?:<stdin>|.*?):(\d+):\d+: (error|warning|note): (.*)$")
+_PLACE = re.compile(r"(.*?):(\d+): error: ")
 
 
 def check(source: Source, metal_versions: Sequence[tuple[int, int]] = METAL_VERSIONS) -> None:
@@ -42,10 +44,11 @@ def check(source: Source, metal_versions: Sequence[tuple[int, int]] = METAL_VERS
     Raises:
         KernelCompileError: Metal's rules are broken; the message names each line.
     """
+    __tracebackhide__ = True
     for version in metal_versions:
         verdict = cache_directory() / f"{digest(toolchain().key, source.key, version, 'check')}.txt"
         if not verdict.exists():
-            verdict.write_text("\n".join(_diagnose(source, version)))
+            write_whole(verdict, "\n".join(_quoted(_diagnose(source, version), source)))
         errors = verdict.read_text()
         if errors:
             raise KernelCompileError(f"[simulator] the kernel is not valid Metal {version[0]}.{version[1]}:\n{errors}")
@@ -70,14 +73,24 @@ def _diagnose(source: Source, metal_version: tuple[int, int]) -> list[str]:
     )
     errors = _errors(done.stderr, unit)
     if done.returncode and not errors:
-        errors = [done.stderr.strip()]
+        raise ToolchainError(f"[simulator] expected a verdict of clang's, got: {done.stderr.strip()}.")
     if not errors:
         ast = done.stdout[done.stdout.find(_FIRST_USER_DECLARATION) :]
-        errors = [
-            f"{unit.place(line)}: error: '{name}' of type '{declared}' needs an address space"
-            for line, name, declared in pointers_without_space(ast)
-        ]
+        errors = [f"{unit.place(line)}: error: {complaint}" for line, complaint in violations(ast)]
     return errors
+
+
+def _quoted(errors: list[str], source: Source) -> list[str]:
+    """The errors, each followed by the line that it names."""
+    texts = {name: text.splitlines() for name, text in source.parts}
+    lines: list[str] = []
+    for error in errors:
+        lines.append(error)
+        place = _PLACE.match(error)
+        written = texts.get(place.group(1), []) if place else []
+        if place and 0 < int(place.group(2)) <= len(written):
+            lines.append(f"    {written[int(place.group(2)) - 1].strip()}")
+    return lines
 
 
 def _errors(text: str, unit: Unit) -> list[str]:

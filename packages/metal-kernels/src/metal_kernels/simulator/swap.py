@@ -1,15 +1,16 @@
 """Puts the simulated `metal_kernel` in the place of MLX's, and back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
-from .capture import MLX_METAL_KERNEL
 from .kernel import metal_kernel
 from .toolchain import toolchain
 
 _MLX_IS_AVAILABLE = mx.metal.is_available
+_replaced: list[tuple[Any, str, Any]] = []
 
 
 def install(*, pretend_metal: bool = False) -> None:
@@ -18,25 +19,26 @@ def install(*, pretend_metal: bool = False) -> None:
     `mx.compile` is switched off: compiled functions would call kernels with arrays that have no values.
 
     Args:
-        pretend_metal: Whether `mx.metal.is_available` answers yes, for code that asks before it uses a kernel.
+        pretend_metal: Whether MLX says that Metal is there and the GPU the default device, for code that asks
+            before it uses a kernel. Streams asked of the GPU are the CPU's.
 
     Raises:
         ToolchainError: No usable clang is installed.
     """
-    if _MLX_IS_AVAILABLE():
+    if _MLX_IS_AVAILABLE() or is_installed():
         return
     toolchain()
-    mx.fast.metal_kernel = metal_kernel
+    _replace(mx.fast, "metal_kernel", metal_kernel)
     if pretend_metal:
-        mx.metal.is_available = lambda: True
+        _pretend()
     mx.disable_compile()
 
 
 def uninstall() -> None:
     """Undo `install`."""
     if is_installed():
-        mx.fast.metal_kernel = MLX_METAL_KERNEL
-        mx.metal.is_available = _MLX_IS_AVAILABLE
+        while _replaced:
+            setattr(*_replaced.pop())
         mx.enable_compile()
 
 
@@ -53,3 +55,32 @@ def installed(*, pretend_metal: bool = False) -> Iterator[None]:
         yield
     finally:
         uninstall()
+
+
+def _replace(module: Any, name: str, function: object) -> None:
+    _replaced.append((module, name, getattr(module, name)))
+    setattr(module, name, function)
+
+
+def _pretend() -> None:
+    """Let MLX say what it says on a Mac; what is asked to run on the GPU runs on the CPU."""
+    chosen = [mx.Device(mx.gpu)]
+    _replace(mx.metal, "is_available", lambda: True)
+    _replace(mx, "is_available", lambda _: True)
+    _replace(mx, "default_device", lambda: chosen[0])
+    _replace(mx, "set_default_device", lambda device: chosen.__setitem__(0, _device(device)))
+    for name in ("default_stream", "new_stream", "new_thread_local_stream", "new_thread_unsafe_stream", "stream"):
+        _replace(mx, name, _on_cpu(getattr(mx, name)))
+
+
+def _device(device: Any) -> mx.Device:
+    return device if isinstance(device, mx.Device) else mx.Device(device)
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a device or a stream, which takes the GPU for the CPU."""
+
+    def call(device: Any) -> Any:
+        return function(mx.cpu if not isinstance(device, mx.Stream) and _device(device) == mx.gpu else device)
+
+    return call

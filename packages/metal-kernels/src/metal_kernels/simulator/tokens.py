@@ -41,7 +41,7 @@ class TokenList(list[Token]):
     """The tokens of one preprocessed unit, followed by a few empty ones."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(_tokenize(text))
+        super().__init__(_with_single_brackets(_tokenize(text)))
         self._pad("\n")
 
     def _pad(self, space: str) -> None:
@@ -162,6 +162,22 @@ class TokenList(list[Token]):
                 places.extend([token.place] * token.text.count("\n"))
         places.insert(0, self[0].place)
         return "".join(parts), places
+
+
+def _with_single_brackets(tokens: Iterator[Token]) -> Iterator[Token]:
+    """``]]`` closes an attribute, or is two brackets: ``a[b[i]]``."""
+    opened: list[str] = []
+    for token in tokens:
+        if token.text in ("[", "[["):
+            opened.append(token.text)
+        elif token.text in ("]", "]]") and opened:
+            if token.text == "]]" and opened[-1] == "[":
+                opened[-2:] = []
+                yield Token(token.kind, "]", token.space, token.place)
+                yield Token(token.kind, "]", "", token.place)
+                continue
+            opened.pop()
+        yield token
 
 
 def _tokenize(text: str) -> Iterator[Token]:

@@ -133,6 +133,8 @@ def _translate_piece(
     tokens.compact()
     declarations.place_threadgroup_variables(tokens, program)
     tokens.compact()
+    expressions.name_bool_vectors(tokens)
+    expressions.copy_from_constant(tokens)
     names = known | expressions.type_names(tokens)
     expressions.rewrite_casts(tokens, program, set(names))
     tokens.compact()

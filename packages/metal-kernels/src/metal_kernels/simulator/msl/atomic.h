@@ -3,7 +3,8 @@
 #include "synchronize.h"
 #include "vectors.h"
 
-extern "C" void msl_atomic_access(ulong address, uint bytes, int write);
+// kind: 0 reads, 1 writes, 2 does both.
+extern "C" void msl_atomic_access(ulong address, uint bytes, int kind);
 
 namespace metal {
 template <class T> struct atomic {
@@ -27,7 +28,6 @@ template <int BYTES> struct msl_word;
 template <> struct msl_word<1> { typedef uchar type; };
 template <> struct msl_word<4> { typedef uint type; };
 template <> struct msl_word<8> { typedef ulong type; };
-template <class T> struct msl_exactly { typedef T type; };
 
 #define MSL_RELAXED(order) \
   __attribute__((diagnose_if(order != memory_order_relaxed, "atomic operations take memory_order_relaxed only", "error")))
@@ -50,7 +50,7 @@ template <class T> struct msl_exactly { typedef T type; };
   MSL_FN T atomic_exchange_explicit(volatile SPACE atomic<T>* p, typename msl_exactly<T>::type v, memory_order order) \
       MSL_RELAXED(order) {                                                                                        \
     MSL_WORD;                                                                                                     \
-    MSL_ATOMIC_ACCESS(1);                                                                                         \
+    MSL_ATOMIC_ACCESS(2);                                                                                         \
     return as_type<T>(__atomic_exchange_n((volatile SPACE W*)p, as_type<W>(v), __ATOMIC_SEQ_CST));                \
   }                                                                                                               \
   template <class T>                                                                                              \
@@ -58,7 +58,7 @@ template <class T> struct msl_exactly { typedef T type; };
                                                     typename msl_exactly<T>::type v, memory_order order, memory_order) \
       MSL_RELAXED(order) {                                                                                        \
     MSL_WORD;                                                                                                     \
-    MSL_ATOMIC_ACCESS(1);                                                                                         \
+    MSL_ATOMIC_ACCESS(2);                                                                                         \
     W old = as_type<W>(*expected);                                                                                \
     bool done = __atomic_compare_exchange_n((volatile SPACE W*)p, &old, as_type<W>(v), false, __ATOMIC_SEQ_CST,   \
                                             __ATOMIC_SEQ_CST);                                                    \
@@ -74,10 +74,16 @@ template <class T> struct msl_exactly { typedef T type; };
   MSL_FN T atomic_fetch_##name##_explicit(volatile SPACE atomic<T>* p, typename msl_exactly<T>::type b, memory_order order) \
       MSL_RELAXED(order) {                                                                                        \
     MSL_WORD;                                                                                                     \
-    MSL_ATOMIC_ACCESS(1);                                                                                         \
+    MSL_ATOMIC_ACCESS(2);                                                                                         \
     T a = as_type<T>(__atomic_load_n((volatile SPACE W*)p, __ATOMIC_SEQ_CST));                                                                      \
     __atomic_store_n((volatile SPACE W*)p, as_type<W>((T)(result)), __ATOMIC_SEQ_CST);                            \
     return a;                                                                                                     \
   }
 MSL_ATOMICS(device) MSL_ATOMICS(threadgroup)
+// On 64 bits Metal has these two only, without a result.
+#define MSL_ATOMIC_EXTREME(name)                                                                                   \
+  MSL_FN void atomic_##name##_explicit(volatile device atomic_ulong* p, ulong v, memory_order order) MSL_RELAXED(order) { \
+    atomic_fetch_##name##_explicit(p, v, memory_order_relaxed);                                                    \
+  }
+MSL_ATOMIC_EXTREME(min) MSL_ATOMIC_EXTREME(max)
 }  // namespace metal

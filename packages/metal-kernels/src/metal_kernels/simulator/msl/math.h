@@ -2,12 +2,14 @@
 #pragma once
 #include "vectors.h"
 
+// Under other names, which Metal does not have.
+#define MSL_C(result, name, parameters) result msl_##name parameters __asm__(#name);
 extern "C" {
-float expf(float); float exp2f(float); float exp10f(float); float logf(float); float log2f(float); float log10f(float);
-float sinf(float); float cosf(float); float tanf(float); float asinf(float); float acosf(float); float atanf(float);
-float sinhf(float); float coshf(float); float tanhf(float); float asinhf(float); float acoshf(float); float atanhf(float);
-float powf(float, float); float fmodf(float, float); float atan2f(float, float); float nextafterf(float, float);
-float remainderf(float, float); float ldexpf(float, int); float frexpf(float, ulong); float logbf(float); int ilogbf(float);
+MSL_C(float, expf, (float)) MSL_C(float, exp2f, (float)) MSL_C(float, exp10f, (float)) MSL_C(float, logf, (float)) MSL_C(float, log2f, (float)) MSL_C(float, log10f, (float))
+MSL_C(float, sinf, (float)) MSL_C(float, cosf, (float)) MSL_C(float, tanf, (float)) MSL_C(float, asinf, (float)) MSL_C(float, acosf, (float)) MSL_C(float, atanf, (float))
+MSL_C(float, sinhf, (float)) MSL_C(float, coshf, (float)) MSL_C(float, tanhf, (float)) MSL_C(float, asinhf, (float)) MSL_C(float, acoshf, (float)) MSL_C(float, atanhf, (float))
+MSL_C(float, powf, (float, float)) MSL_C(float, fmodf, (float, float)) MSL_C(float, atan2f, (float, float)) MSL_C(float, nextafterf, (float, float))
+MSL_C(float, remainderf, (float, float)) MSL_C(float, ldexpf, (float, int)) MSL_C(float, frexpf, (float, ulong)) MSL_C(float, logbf, (float)) MSL_C(int, ilogbf, (float))
 }
 
 namespace metal {
@@ -25,6 +27,10 @@ MSL_FN float smoothstep(float low, float high, float x) {
 constexpr constant float pi = 3.14159265358979323846f;
 }  // namespace msl_scalar
 
+// Where one argument is a vector, scalars among the others stand for vectors of that value.
+#define MSL_SAME(T, N) typename msl_exactly<vec<T, N>>::type
+#define MSL_WITH_SCALAR(S) template <class S, int N, enable_if_t<is_arithmetic_v<S>, bool> = true>
+
 // Each function exists for float, half and their vectors; half is computed in float and rounded once.
 #define MSL_MATH1_FOR(T, name, expression)                                           \
   MSL_FN T name(T a) {                                                               \
@@ -41,44 +47,47 @@ constexpr constant float pi = 3.14159265358979323846f;
     float x = a, y = b;                                                              \
     return (T)(expression);                                                          \
   }                                                                                  \
-  template <int N> MSL_FN vec<T, N> name(vec<T, N> a, vec<T, N> b) {                 \
+  template <int N> MSL_FN vec<T, N> name(vec<T, N> a, MSL_SAME(T, N) b) {        \
     vec<T, N> r;                                                                     \
     for (int i = 0; i < N; i++) r[i] = name((T)a[i], (T)b[i]);                       \
     return r;                                                                        \
-  }
+  }                                                                                  \
+  MSL_WITH_SCALAR(S) MSL_FN vec<T, N> name(S a, vec<T, N> b) { return name((vec<T, N>)(T)a, b); }
 #define MSL_MATH3_FOR(T, name, expression)                                           \
   MSL_FN T name(T a, T b, T c) {                                                     \
     float x = a, y = b, z = c;                                                       \
     return (T)(expression);                                                          \
   }                                                                                  \
-  template <int N> MSL_FN vec<T, N> name(vec<T, N> a, vec<T, N> b, vec<T, N> c) {    \
+  template <int N> MSL_FN vec<T, N> name(vec<T, N> a, MSL_SAME(T, N) b, MSL_SAME(T, N) c) { \
     vec<T, N> r;                                                                     \
     for (int i = 0; i < N; i++) r[i] = name((T)a[i], (T)b[i], (T)c[i]);              \
     return r;                                                                        \
-  }
+  }                                                                                  \
+  MSL_WITH_SCALAR(S) MSL_FN vec<T, N> name(S a, vec<T, N> b, MSL_SAME(T, N) c) { return name((vec<T, N>)(T)a, b, c); } \
+  MSL_WITH_SCALAR(S) MSL_FN vec<T, N> name(S a, S b, vec<T, N> c) { return name((vec<T, N>)(T)a, (vec<T, N>)(T)b, c); }
 #define MSL_MATH1(name, expression) MSL_MATH1_FOR(float, name, expression) MSL_MATH1_FOR(half, name, expression)
 #define MSL_MATH2(name, expression) MSL_MATH2_FOR(float, name, expression) MSL_MATH2_FOR(half, name, expression)
 #define MSL_MATH3(name, expression) MSL_MATH3_FOR(float, name, expression) MSL_MATH3_FOR(half, name, expression)
 
 #define MSL_MATH                                                                                           \
-  MSL_MATH1(exp, expf(x)) MSL_MATH1(exp2, exp2f(x)) MSL_MATH1(exp10, exp10f(x))                            \
-  MSL_MATH1(log, logf(x)) MSL_MATH1(log2, log2f(x)) MSL_MATH1(log10, log10f(x))                            \
-  MSL_MATH1(sin, sinf(x)) MSL_MATH1(cos, cosf(x)) MSL_MATH1(tan, tanf(x))                                  \
-  MSL_MATH1(asin, asinf(x)) MSL_MATH1(acos, acosf(x)) MSL_MATH1(atan, atanf(x))                            \
-  MSL_MATH1(sinh, sinhf(x)) MSL_MATH1(cosh, coshf(x)) MSL_MATH1(tanh, tanhf(x))                            \
-  MSL_MATH1(asinh, asinhf(x)) MSL_MATH1(acosh, acoshf(x)) MSL_MATH1(atanh, atanhf(x))                      \
-  MSL_MATH1(sinpi, sinf(msl_scalar::pi * x)) MSL_MATH1(cospi, cosf(msl_scalar::pi * x))                    \
-  MSL_MATH1(tanpi, tanf(msl_scalar::pi * x))                                                               \
+  MSL_MATH1(exp, msl_expf(x)) MSL_MATH1(exp2, msl_exp2f(x)) MSL_MATH1(exp10, msl_exp10f(x))                            \
+  MSL_MATH1(log, msl_logf(x)) MSL_MATH1(log2, msl_log2f(x)) MSL_MATH1(log10, msl_log10f(x))                            \
+  MSL_MATH1(sin, msl_sinf(x)) MSL_MATH1(cos, msl_cosf(x)) MSL_MATH1(tan, msl_tanf(x))                                  \
+  MSL_MATH1(asin, msl_asinf(x)) MSL_MATH1(acos, msl_acosf(x)) MSL_MATH1(atan, msl_atanf(x))                            \
+  MSL_MATH1(sinh, msl_sinhf(x)) MSL_MATH1(cosh, msl_coshf(x)) MSL_MATH1(tanh, msl_tanhf(x))                            \
+  MSL_MATH1(asinh, msl_asinhf(x)) MSL_MATH1(acosh, msl_acoshf(x)) MSL_MATH1(atanh, msl_atanhf(x))                      \
+  MSL_MATH1(sinpi, msl_sinf(msl_scalar::pi * x)) MSL_MATH1(cospi, msl_cosf(msl_scalar::pi * x))                    \
+  MSL_MATH1(tanpi, msl_tanf(msl_scalar::pi * x))                                                               \
   MSL_MATH1(sqrt, __builtin_sqrtf(x)) MSL_MATH1(rsqrt, 1.0f / __builtin_sqrtf(x))                          \
   MSL_MATH1(floor, __builtin_floorf(x)) MSL_MATH1(ceil, __builtin_ceilf(x))                                \
   MSL_MATH1(trunc, __builtin_truncf(x)) MSL_MATH1(round, __builtin_roundf(x))                              \
   MSL_MATH1(rint, __builtin_rintf(x)) MSL_MATH1(fabs, __builtin_fabsf(x)) MSL_MATH1(abs, __builtin_fabsf(x)) \
   MSL_MATH1(fract, msl_scalar::fract(x)) MSL_MATH1(sign, msl_scalar::sign(x))                              \
   MSL_MATH1(saturate, msl_scalar::saturate(x))                                                             \
-  MSL_MATH2(pow, powf(x, y)) MSL_MATH2(powr, powf(x, y)) MSL_MATH2(fmod, fmodf(x, y))                      \
-  MSL_MATH2(atan2, atan2f(x, y)) MSL_MATH2(divide, x / y) MSL_MATH2(remainder, remainderf(x, y))           \
+  MSL_MATH2(pow, msl_powf(x, y)) MSL_MATH2(powr, msl_powf(x, y)) MSL_MATH2(fmod, msl_fmodf(x, y))                      \
+  MSL_MATH2(atan2, msl_atan2f(x, y)) MSL_MATH2(divide, x / y) MSL_MATH2(remainder, msl_remainderf(x, y))           \
   MSL_MATH2(fdim, __builtin_fmaxf(x - y, 0.f)) MSL_MATH2(step, y < x ? 0.f : 1.f)                          \
-  MSL_MATH2(nextafter, nextafterf(x, y)) MSL_MATH2(copysign, __builtin_copysignf(x, y))                    \
+  MSL_MATH2(nextafter, msl_nextafterf(x, y)) MSL_MATH2(copysign, __builtin_copysignf(x, y))                    \
   MSL_MATH2(fmin, __builtin_fminf(x, y)) MSL_MATH2(fmax, __builtin_fmaxf(x, y))                            \
   MSL_MATH2(min, __builtin_fminf(x, y)) MSL_MATH2(max, __builtin_fmaxf(x, y))                              \
   MSL_MATH3(fma, __builtin_fmaf(x, y, z)) MSL_MATH3(mix, x + (y - x) * z)                                  \
@@ -87,13 +96,13 @@ constexpr constant float pi = 3.14159265358979323846f;
   MSL_MATH3(fmax3, __builtin_fmaxf(x, __builtin_fmaxf(y, z))) MSL_MATH3(max3, __builtin_fmaxf(x, __builtin_fmaxf(y, z))) \
   MSL_MATH3(fmedian3, msl_scalar::median3(x, y, z)) MSL_MATH3(median3, msl_scalar::median3(x, y, z))       \
   MSL_MATH3(smoothstep, msl_scalar::smoothstep(x, y, z))                                                   \
-  MSL_FN float ldexp(float x, int k) { return ldexpf(x, k); }                                              \
-  MSL_FN half ldexp(half x, int k) { return (half)ldexpf(x, k); }                                          \
-  MSL_FN float frexp(float x, thread int& e) { return frexpf(x, (ulong)&e); }                              \
-  MSL_FN half frexp(half x, thread int& e) { return (half)frexpf(x, (ulong)&e); }                          \
-  MSL_FN int ilogb(float x) { return ilogbf(x); }                                                          \
-  MSL_FN float sincos(float x, thread float& c) { c = cosf(x); return sinf(x); }                           \
-  MSL_FN half sincos(half x, thread half& c) { c = (half)cosf(x); return (half)sinf(x); }                  \
+  MSL_FN float ldexp(float x, int k) { return msl_ldexpf(x, k); }                                              \
+  MSL_FN half ldexp(half x, int k) { return (half)msl_ldexpf(x, k); }                                          \
+  MSL_FN float frexp(float x, thread int& e) { return msl_frexpf(x, (ulong)&e); }                              \
+  MSL_FN half frexp(half x, thread int& e) { return (half)msl_frexpf(x, (ulong)&e); }                          \
+  MSL_FN int ilogb(float x) { return msl_ilogbf(x); }                                                          \
+  MSL_FN float sincos(float x, thread float& c) { c = msl_cosf(x); return msl_sinf(x); }                           \
+  MSL_FN half sincos(half x, thread half& c) { c = (half)msl_cosf(x); return (half)msl_sinf(x); }                  \
   MSL_FN float modf(float x, thread float& whole) { whole = __builtin_truncf(x); return x - whole; }
 MSL_MATH
 namespace fast { MSL_MATH }
@@ -128,6 +137,9 @@ MSL_CLASSES_FOR(float) MSL_CLASSES_FOR(half) MSL_CLASSES_FOR(bfloat)
   MSL_FN T max3(T a, T b, T c) { return max(a, max(b, c)); }                                        \
   MSL_FN T clamp(T x, T low, T high) { return min(max(x, low), high); }                             \
   MSL_FN T abs(T a) { return a < 0 ? (T)(0 - (U)a) : a; }                                           \
+  MSL_FN T median3(T a, T b, T c) { return max(min(a, b), min(max(a, b), c)); }                      \
+  MSL_FN T hadd(T a, T b) { return (T)((a & b) + ((a ^ b) >> 1)); }                                  \
+  MSL_FN T rhadd(T a, T b) { return (T)((a | b) - ((a ^ b) >> 1)); }                                 \
   MSL_FN U absdiff(T a, T b) { return a < b ? (U)b - (U)a : (U)a - (U)b; }                          \
   MSL_FN T popcount(T x) { return (T)__builtin_popcountll((ulong)(U)x); }                           \
   MSL_FN T clz(T x) {                                                                               \
@@ -163,17 +175,19 @@ MSL_CLASSES_FOR(float) MSL_CLASSES_FOR(half) MSL_CLASSES_FOR(bfloat)
            : b < 0                           ? numeric_limits<T>::max()                             \
                                              : numeric_limits<T>::min();                            \
   }                                                                                                 \
-  template <int N> MSL_FN vec<T, N> min(vec<T, N> a, vec<T, N> b) {                                 \
+  template <int N> MSL_FN vec<T, N> min(vec<T, N> a, MSL_SAME(T, N) b) {                       \
     vec<T, N> r;                                                                                    \
     for (int i = 0; i < N; i++) r[i] = min((T)a[i], (T)b[i]);                                       \
     return r;                                                                                       \
   }                                                                                                 \
-  template <int N> MSL_FN vec<T, N> max(vec<T, N> a, vec<T, N> b) {                                 \
+  template <int N> MSL_FN vec<T, N> max(vec<T, N> a, MSL_SAME(T, N) b) {                       \
     vec<T, N> r;                                                                                    \
     for (int i = 0; i < N; i++) r[i] = max((T)a[i], (T)b[i]);                                       \
     return r;                                                                                       \
   }                                                                                                 \
-  template <int N> MSL_FN vec<T, N> clamp(vec<T, N> x, vec<T, N> low, vec<T, N> high) {             \
+  MSL_WITH_SCALAR(S) MSL_FN vec<T, N> min(S a, vec<T, N> b) { return min((vec<T, N>)(T)a, b); }     \
+  MSL_WITH_SCALAR(S) MSL_FN vec<T, N> max(S a, vec<T, N> b) { return max((vec<T, N>)(T)a, b); }     \
+  template <int N> MSL_FN vec<T, N> clamp(vec<T, N> x, MSL_SAME(T, N) low, MSL_SAME(T, N) high) { \
     return min(max(x, low), high);                                                                  \
   }                                                                                                 \
   template <int N> MSL_FN vec<T, N> abs(vec<T, N> a) {                                              \
@@ -192,6 +206,16 @@ MSL_FN int mulhi(int a, int b) { return (int)(((long)a * b) >> 32); }
 MSL_FN uint mulhi(uint a, uint b) { return (uint)(((ulong)a * b) >> 32); }
 MSL_FN short mulhi(short a, short b) { return (short)(((int)a * b) >> 16); }
 MSL_FN ushort mulhi(ushort a, ushort b) { return (ushort)(((uint)a * b) >> 16); }
+MSL_FN long mulhi(long a, long b) { return (long)(((__int128)a * b) >> 64); }
+MSL_FN ulong mulhi(ulong a, ulong b) { return (ulong)(((unsigned __int128)a * b) >> 64); }
+#define MSL_MAD(T)                                                      \
+  MSL_FN T madhi(T a, T b, T c) { return (T)(mulhi(a, b) + c); }        \
+  MSL_FN T madsat(T a, T b, T c) {                                      \
+    __int128 r = (__int128)a * b + c;                                   \
+    __int128 low = numeric_limits<T>::min(), high = numeric_limits<T>::max(); \
+    return (T)(r < low ? low : high < r ? high : r);                    \
+  }
+MSL_MAD(int) MSL_MAD(uint) MSL_MAD(short) MSL_MAD(ushort)
 MSL_FN int mul24(int a, int b) { return a * b; }
 MSL_FN uint mul24(uint a, uint b) { return a * b; }
 MSL_FN int mad24(int a, int b, int c) { return a * b + c; }
@@ -203,6 +227,8 @@ template <class T, class C, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N
   for (int i = 0; i < N; i++) r[i] = c[i] ? b[i] : a[i];
   return r;
 }
+template <class T, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, msl_bools<N> c) { return select(a, b, c.lanes()); }
+template <class T, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, bool c) { return c ? b : a; }
 MSL_FN bool any(bool b) { return b; }
 MSL_FN bool all(bool b) { return b; }
 template <class T, int N> MSL_FN bool any(vec<T, N> v) {
@@ -215,6 +241,9 @@ template <class T, int N> MSL_FN bool all(vec<T, N> v) {
   for (int i = 0; i < N; i++) r &= (bool)v[i];
   return r;
 }
+
+template <int N> MSL_FN bool any(msl_bools<N> b) { return any(b.lanes()); }
+template <int N> MSL_FN bool all(msl_bools<N> b) { return all(b.lanes()); }
 
 template <class T, int N> MSL_FN T dot(vec<T, N> a, vec<T, N> b) {
   T sum = (T)0;

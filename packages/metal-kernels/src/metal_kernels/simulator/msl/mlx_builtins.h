@@ -1,6 +1,8 @@
 // The compiler builtins that MLX's own headers name directly, and metal_logging and uniforms.
 #pragma once
 #include "atomic.h"
+#include "matrix.h"
+#include "pack.h"
 #include "simdgroup_matrix.h"
 
 #define __METAL_MAYBE_FAST_MATH__ false
@@ -27,22 +29,22 @@ template <class T> MSL_FN T __metal_frexp(T x, thread int* e) { return frexp(x, 
 template <class T> MSL_FN T __metal_get_thread_index_in_simdgroup(T) { return (T)msl_lane(); }
 template <class T> MSL_FN T __metal_get_simdgroup_size(T) { return (T)32; }
 #define MSL_LANE_BUILTIN1(n) \
-  template <class T> MSL_FN T __metal_##n(T v, uint site = MSL_SITE) { return metal::n(v, site); }
+  template <class T> MSL_FN T __metal_##n(T v, msl_site site = MSL_SITE) { return metal::n(v, site); }
 #define MSL_LANE_BUILTIN2(n) \
-  template <class T> MSL_FN T __metal_##n(T v, ushort k, uint site = MSL_SITE) { return metal::n(v, k, site); }
+  template <class T> MSL_FN T __metal_##n(T v, ushort k, msl_site site = MSL_SITE) { return metal::n(v, k, site); }
 MSL_LANE_BUILTIN1(simd_max) MSL_LANE_BUILTIN1(simd_min) MSL_LANE_BUILTIN1(simd_sum) MSL_LANE_BUILTIN1(simd_product)
 MSL_LANE_BUILTIN1(simd_prefix_exclusive_sum) MSL_LANE_BUILTIN1(simd_prefix_inclusive_sum)
 MSL_LANE_BUILTIN1(simd_prefix_exclusive_product) MSL_LANE_BUILTIN1(simd_prefix_inclusive_product)
-template <class T> MSL_FN T __metal_simd_xor(T v, uint site = MSL_SITE) {
+template <class T> MSL_FN T __metal_simd_xor(T v, msl_site site = MSL_SITE) {
   return as_type<T>(metal::simd_xor(as_type<typename msl_word<sizeof(T)>::type>(v), site));
 }
 MSL_LANE_BUILTIN2(simd_broadcast) MSL_LANE_BUILTIN2(simd_shuffle) MSL_LANE_BUILTIN2(simd_shuffle_down)
 MSL_LANE_BUILTIN2(simd_shuffle_up) MSL_LANE_BUILTIN2(simd_shuffle_xor) MSL_LANE_BUILTIN2(simd_shuffle_rotate_down)
 MSL_LANE_BUILTIN2(simd_shuffle_rotate_up)
-template <class T> MSL_FN T __metal_simd_shuffle_and_fill_down(T v, T f, ushort d, ushort m, uint site = MSL_SITE) {
+template <class T> MSL_FN T __metal_simd_shuffle_and_fill_down(T v, T f, ushort d, ushort m, msl_site site = MSL_SITE) {
   return metal::simd_shuffle_and_fill_down(v, f, d, m, site);
 }
-template <class T> MSL_FN T __metal_simd_shuffle_and_fill_up(T v, T f, ushort d, ushort m, uint site = MSL_SITE) {
+template <class T> MSL_FN T __metal_simd_shuffle_and_fill_up(T v, T f, ushort d, ushort m, msl_site site = MSL_SITE) {
   return metal::simd_shuffle_and_fill_up(v, f, d, m, site);
 }
 }  // namespace msl_builtins

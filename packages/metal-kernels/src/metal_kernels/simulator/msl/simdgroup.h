@@ -32,7 +32,7 @@ template <class T> MSL_FN T msl_of_lane(const thread MslSlots* lanes, uint lane)
     some = true;                                          \
   }
 #define MSL_REDUCTION(name, combine)                      \
-  MSL_LANES(T) T simd_##name(T v, uint site = MSL_SITE) { \
+  MSL_LANES(T) T simd_##name(T v, msl_site site = MSL_SITE) { \
     MSL_PUBLISH(v);                                       \
     if (!lanes->done) {                                   \
       MSL_REDUCE_LANES(0, 32, combine)                    \
@@ -41,7 +41,7 @@ template <class T> MSL_FN T msl_of_lane(const thread MslSlots* lanes, uint lane)
     }                                                     \
     return *(const thread T*)lanes->result;               \
   }                                                       \
-  MSL_LANES(T) T quad_##name(T v, uint site = MSL_SITE) { \
+  MSL_LANES(T) T quad_##name(T v, msl_site site = MSL_SITE) { \
     MSL_PUBLISH(v);                                       \
     uint base = msl_lane() & ~3u;                         \
     MSL_REDUCE_LANES(base, base + 4, combine)             \
@@ -51,10 +51,17 @@ MSL_REDUCTION(sum, r + x) MSL_REDUCTION(product, r* x) MSL_REDUCTION(max, max(r,
 MSL_REDUCTION(and, r& x) MSL_REDUCTION(or, r | x) MSL_REDUCTION(xor, r ^ x)
 
 #define MSL_SCAN(name, own, start, combine)               \
-  MSL_LANES(T) T simd_prefix_##name(T v, uint site = MSL_SITE) { \
+  MSL_LANES(T) T simd_prefix_##name(T v, msl_site site = MSL_SITE) { \
     MSL_PUBLISH(v);                                       \
     T r = (T)start;                                       \
     for (uint lane = 0; lane < msl_lane() + own; lane++)  \
+      if (lanes->mask >> lane & 1) r = r combine msl_of_lane<T>(lanes, lane); \
+    return r;                                             \
+  }                                                       \
+  MSL_LANES(T) T quad_prefix_##name(T v, msl_site site = MSL_SITE) { \
+    MSL_PUBLISH(v);                                       \
+    T r = (T)start;                                       \
+    for (uint lane = msl_lane() & ~3u; lane < msl_lane() + own; lane++) \
       if (lanes->mask >> lane & 1) r = r combine msl_of_lane<T>(lanes, lane); \
     return r;                                             \
   }
@@ -63,7 +70,7 @@ MSL_SCAN(inclusive_product, 1, 1, *) MSL_SCAN(exclusive_product, 0, 1, *)
 
 // `from` is the lane whose value the calling lane gets; beyond the SIMD-group it keeps its own.
 #define MSL_SHUFFLE(name, argument, from)                                  \
-  MSL_LANES(T) T simd_##name(T v, ushort argument, uint site = MSL_SITE) { \
+  MSL_LANES(T) T simd_##name(T v, ushort argument, msl_site site = MSL_SITE) { \
     MSL_PUBLISH(v);                                                        \
     uint me = msl_lane();                                                  \
     (void)me;                                                              \
@@ -73,7 +80,7 @@ MSL_SCAN(inclusive_product, 1, 1, *) MSL_SCAN(exclusive_product, 0, 1, *)
 MSL_SHUFFLE(shuffle, source, source) MSL_SHUFFLE(broadcast, source, source) MSL_SHUFFLE(shuffle_xor, mask, me ^ mask)
 MSL_SHUFFLE(shuffle_down, delta, me + delta) MSL_SHUFFLE(shuffle_up, delta, me - delta)
 MSL_SHUFFLE(shuffle_rotate_down, delta, (me + delta) & 31) MSL_SHUFFLE(shuffle_rotate_up, delta, (me - delta) & 31)
-MSL_LANES(T) T simd_broadcast_first(T v, uint site = MSL_SITE) {
+MSL_LANES(T) T simd_broadcast_first(T v, msl_site site = MSL_SITE) {
   MSL_PUBLISH(v);
   return msl_of_lane<T>(lanes, __builtin_ctz(lanes->mask));
 }
@@ -81,14 +88,14 @@ MSL_LANES(T) T simd_broadcast_first(T v, uint site = MSL_SITE) {
 template <class T> struct msl_filled {
   T value, fill;
 };
-MSL_LANES(T) T simd_shuffle_and_fill_down(T v, T fill, ushort delta, ushort modulo = 32, uint site = MSL_SITE) {
+MSL_LANES(T) T simd_shuffle_and_fill_down(T v, T fill, ushort delta, ushort modulo = 32, msl_site site = MSL_SITE) {
   msl_filled<T> both = {v, fill};
   MSL_PUBLISH(both);
   uint base = msl_lane() / modulo * modulo, at = msl_lane() - base + delta;
   return at < modulo ? msl_of_lane<msl_filled<T>>(lanes, base + at).value
                      : msl_of_lane<msl_filled<T>>(lanes, base + at - modulo).fill;
 }
-MSL_LANES(T) T simd_shuffle_and_fill_up(T v, T fill, ushort delta, ushort modulo = 32, uint site = MSL_SITE) {
+MSL_LANES(T) T simd_shuffle_and_fill_up(T v, T fill, ushort delta, ushort modulo = 32, msl_site site = MSL_SITE) {
   msl_filled<T> both = {v, fill};
   MSL_PUBLISH(both);
   uint base = msl_lane() / modulo * modulo, at = msl_lane() - base;
@@ -98,7 +105,7 @@ MSL_LANES(T) T simd_shuffle_and_fill_up(T v, T fill, ushort delta, ushort modulo
 
 // The same within each quad of four lanes.
 #define MSL_QUAD_SHUFFLE(name, argument, from)                             \
-  MSL_LANES(T) T quad_##name(T v, ushort argument, uint site = MSL_SITE) { \
+  MSL_LANES(T) T quad_##name(T v, ushort argument, msl_site site = MSL_SITE) { \
     MSL_PUBLISH(v);                                                        \
     uint me = msl_lane() & 3u, base = msl_lane() & ~3u;                    \
     (void)me;                                                              \
@@ -110,22 +117,51 @@ MSL_QUAD_SHUFFLE(shuffle_xor, mask, me ^ mask) MSL_QUAD_SHUFFLE(shuffle_down, de
 MSL_QUAD_SHUFFLE(shuffle_up, delta, me - delta) MSL_QUAD_SHUFFLE(shuffle_rotate_down, delta, (me + delta) & 3)
 MSL_QUAD_SHUFFLE(shuffle_rotate_up, delta, (me - delta) & 3)
 
-struct simd_vote {
+MSL_LANES(T) T quad_broadcast_first(T v, msl_site site = MSL_SITE) {
+  MSL_PUBLISH(v);
+  uint base = msl_lane() & ~3u;
+  return msl_of_lane<T>(lanes, base + __builtin_ctz(lanes->mask >> base));
+}
+
+// Votes of a group of `size` lanes, whose bits are counted from its first lane.
+template <uint SIZE> struct msl_vote {
   typedef ulong vote_t;
   ulong bits_;
-  MSL_FN explicit constexpr simd_vote(ulong bits) : bits_(bits) {}
+  MSL_FN explicit constexpr msl_vote(ulong bits) : bits_(bits) {}
   MSL_FN explicit operator vote_t() const { return bits_; }
   MSL_FN bool any() const { return bits_ != 0; }
-  MSL_FN bool all() const { return bits_ == 0xffffffffu; }
+  MSL_FN bool all() const { return bits_ == (~0ul >> (64 - SIZE)); }
 };
-#define MSL_VOTES                                                          \
-  uint votes = 0;                                                          \
-  MSL_PUBLISH(b);                                                          \
-  for (uint lane = 0; lane < 32; lane++)                                   \
-    if ((lanes->mask >> lane & 1) && msl_of_lane<bool>(lanes, lane)) votes |= 1u << lane;
-MSL_FN simd_vote simd_ballot(bool b, uint site = MSL_SITE) { MSL_VOTES return simd_vote(votes); }
-MSL_FN bool simd_any(bool b, uint site = MSL_SITE) { MSL_VOTES return votes != 0; }
-MSL_FN bool simd_all(bool b, uint site = MSL_SITE) { MSL_VOTES return votes == lanes->mask; }
-MSL_FN simd_vote simd_active_threads_mask(uint site = MSL_SITE) { bool b = true; MSL_VOTES return simd_vote(votes); }
-MSL_FN bool simd_is_first(uint site = MSL_SITE) { bool b = true; MSL_VOTES return __builtin_ctz(votes) == msl_lane(); }
+typedef msl_vote<32> simd_vote;
+typedef msl_vote<4> quad_vote;
+#define MSL_VOTING(group, first, size)                                                                              \
+  MSL_FN uint msl_##group##_votes(bool b, thread uint& active, msl_site site) {                                         \
+    MSL_PUBLISH(b);                                                                                                 \
+    uint votes = 0, all = (uint)(~0ul >> (64 - size));                                                              \
+    active = lanes->mask >> (first) & all;                                                                          \
+    for (uint lane = 0; lane < size; lane++)                                                                        \
+      if ((active >> lane & 1) && msl_of_lane<bool>(lanes, (first) + lane)) votes |= 1u << lane;                    \
+    return votes;                                                                                                   \
+  }                                                                                                                 \
+  MSL_FN group##_vote group##_ballot(bool b, msl_site site = MSL_SITE) {                                                \
+    uint active;                                                                                                    \
+    return group##_vote(msl_##group##_votes(b, active, site));                                                      \
+  }                                                                                                                 \
+  MSL_FN bool group##_any(bool b, msl_site site = MSL_SITE) {                                                           \
+    uint active;                                                                                                    \
+    return msl_##group##_votes(b, active, site) != 0;                                                               \
+  }                                                                                                                 \
+  MSL_FN bool group##_all(bool b, msl_site site = MSL_SITE) {                                                           \
+    uint active;                                                                                                    \
+    return msl_##group##_votes(b, active, site) == active;                                                          \
+  }                                                                                                                 \
+  MSL_FN group##_vote group##_active_threads_mask(msl_site site = MSL_SITE) {                                           \
+    uint active;                                                                                                    \
+    return group##_vote(msl_##group##_votes(true, active, site));                                                   \
+  }                                                                                                                 \
+  MSL_FN bool group##_is_first(msl_site site = MSL_SITE) {                                                              \
+    uint active;                                                                                                    \
+    return (uint)__builtin_ctz(msl_##group##_votes(true, active, site)) == msl_lane() % size;                       \
+  }
+MSL_VOTING(simd, 0u, 32u) MSL_VOTING(quad, (msl_lane() & ~3u), 4u)
 }  // namespace metal

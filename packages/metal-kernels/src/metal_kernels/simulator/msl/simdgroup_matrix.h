@@ -28,7 +28,10 @@ typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
-template <class T, int R, int C> MSL_FN simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T value) {
+template <class T, int R, int C = R> MSL_FN simdgroup_matrix<T, R, C> make_diagonal_simdgroup_matrix(T value) {
+  return simdgroup_matrix<T, R, C>(value);
+}
+template <class T, int R, int C = R> MSL_FN simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T value) {
   simdgroup_matrix<T, R, C> m;
   m.elements_ = (vec<T, 2>)value;
   return m;
@@ -58,7 +61,7 @@ struct msl_factors {
 };
 template <class D, class A, class B, class C>
 MSL_FN void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,
-                                          simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c, uint site = MSL_SITE) {
+                                          simdgroup_matrix<B, 8, 8> b, simdgroup_matrix<C, 8, 8> c, msl_site site = MSL_SITE) {
   typedef simdgroup_matrix<D, 8, 8> M;
   msl_factors own = {{(float)a.elements_.x, (float)a.elements_.y}, {(float)b.elements_.x, (float)b.elements_.y}};
   MSL_PUBLISH(own);
@@ -75,7 +78,7 @@ MSL_FN void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>& d, s
 }
 template <class D, class A, class B>
 MSL_FN void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
-                               uint site = MSL_SITE) {
+                               msl_site site = MSL_SITE) {
   simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix<float, 8, 8>(0.0f), site);
 }
 template <class T>

@@ -8,10 +8,15 @@ void msl_simdgroup_barrier(uint flags, uint site);
 void msl_device_fence();
 ulong msl_threadgroup_variable(uint id, ulong bytes, ulong alignment);
 }
-// Identifies one place of the kernel: lines of a flattened unit are unique.
-#define MSL_SITE (__builtin_LINE() * 1024u + __builtin_COLUMN() % 1024u)
-
 namespace metal {
+// One place of the kernel: lines of a flattened unit are unique. A type of its own, so that no argument is one.
+struct msl_site {
+  uint value;
+  MSL_FN explicit constexpr msl_site(uint v) : value(v) {}
+  MSL_FN operator uint() const { return value; }
+};
+#define MSL_SITE metal::msl_site(__builtin_LINE() * 1024u + __builtin_COLUMN() % 1024u)
+
 enum class mem_flags : uint {
   mem_none = 0,
   mem_device = 1,
@@ -32,8 +37,8 @@ enum memory_order {
 #endif
 };
 
-MSL_FN void threadgroup_barrier(mem_flags flags, uint site = MSL_SITE) { msl_threadgroup_barrier((uint)flags, site); }
-MSL_FN void simdgroup_barrier(mem_flags flags, uint site = MSL_SITE) { msl_simdgroup_barrier((uint)flags, site); }
+MSL_FN void threadgroup_barrier(mem_flags flags, msl_site site = MSL_SITE) { msl_threadgroup_barrier((uint)flags, site); }
+MSL_FN void simdgroup_barrier(mem_flags flags, msl_site site = MSL_SITE) { msl_simdgroup_barrier((uint)flags, site); }
 #if __METAL_VERSION__ >= 320
 enum thread_scope { thread_scope_thread = 0, thread_scope_threadgroup = 1, thread_scope_device = 2, thread_scope_simdgroup = 4 };
 MSL_FN void atomic_thread_fence(mem_flags flags, memory_order, thread_scope scope = thread_scope_device) {
@@ -42,7 +47,7 @@ MSL_FN void atomic_thread_fence(mem_flags flags, memory_order, thread_scope scop
 #endif
 
 // A threadgroup variable of a kernel: the pre-pass numbers them.
-template <class T, uint ID> MSL_FN threadgroup T& msl_threadgroup() {
-  return *(threadgroup T*)msl_threadgroup_variable(ID, sizeof(T), alignof(T));
+template <class T, uint ID, ulong ALIGNMENT> MSL_FN threadgroup T& msl_threadgroup() {
+  return *(threadgroup T*)msl_threadgroup_variable(ID, sizeof(T), ALIGNMENT > alignof(T) ? ALIGNMENT : alignof(T));
 }
 }  // namespace metal

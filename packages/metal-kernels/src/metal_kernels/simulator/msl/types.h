@@ -2,6 +2,7 @@
 #pragma once
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
+#pragma OPENCL EXTENSION __cl_clang_bitfields : enable
 
 #define thread __private
 #define device __global
@@ -37,11 +38,9 @@ using vec = T __attribute__((ext_vector_type(N)));
   typedef metal::vec<T, 4> T##4;
 MSL_VECTORS(char) MSL_VECTORS(uchar) MSL_VECTORS(short) MSL_VECTORS(ushort) MSL_VECTORS(int) MSL_VECTORS(uint)
 MSL_VECTORS(long) MSL_VECTORS(ulong) MSL_VECTORS(half) MSL_VECTORS(float) MSL_VECTORS(bfloat)
-typedef metal::vec<char, 2> bool2;
-typedef metal::vec<char, 3> bool3;
-typedef metal::vec<char, 4> bool4;
 
 namespace metal {
+template <class T> struct msl_exactly { typedef T type; };
 template <class T, T v>
 struct integral_constant {
   static constexpr constant T value = v;

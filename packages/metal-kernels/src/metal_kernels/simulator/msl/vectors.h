@@ -24,12 +24,49 @@ template <class A, class B>
 constexpr constant bool msl_half_to_bfloat =
     (is_same_v<A, half> && is_same_v<B, bfloat>) || (is_same_v<A, bfloat> && is_same_v<B, half>);
 
+// Vectors of bool are a class: clang has none. A comparison of vectors, whose lanes are 0 and -1, becomes one.
+template <int N> struct msl_bool_lanes;
+template <> struct msl_bool_lanes<2> { bool x, y; };
+template <> struct msl_bool_lanes<3> { bool x, y, z; };
+template <> struct msl_bool_lanes<4> { bool x, y, z, w; };
+template <int N> struct msl_bools : msl_bool_lanes<N> {
+  MSL_FN msl_bools() {}
+  MSL_FN msl_bools(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; }
+  template <class E> MSL_FN msl_bools(vec<E, N> v) { for (int i = 0; i < N; i++) (*this)[i] = v[i] != (E)0; }
+  MSL_FN bool& operator[](int i) { return (&this->x)[i]; }
+  MSL_FN bool operator[](int i) const { return (&this->x)[i]; }
+  MSL_FN vec<char, N> lanes() const {
+    vec<char, N> v;
+    for (int i = 0; i < N; i++) v[i] = (*this)[i];
+    return v;
+  }
+  MSL_FN msl_bools operator!() const { return lanes() == (vec<char, N>)(char)0; }
+  friend MSL_FN msl_bools operator&&(msl_bools a, msl_bools b) { return a.lanes() & b.lanes(); }
+  friend MSL_FN msl_bools operator||(msl_bools a, msl_bools b) { return a.lanes() | b.lanes(); }
+  friend MSL_FN msl_bools operator&(msl_bools a, msl_bools b) { return a.lanes() & b.lanes(); }
+  friend MSL_FN msl_bools operator|(msl_bools a, msl_bools b) { return a.lanes() | b.lanes(); }
+  friend MSL_FN msl_bools operator^(msl_bools a, msl_bools b) { return a.lanes() ^ b.lanes(); }
+  friend MSL_FN msl_bools operator==(msl_bools a, msl_bools b) { return a.lanes() == b.lanes(); }
+  friend MSL_FN msl_bools operator!=(msl_bools a, msl_bools b) { return a.lanes() != b.lanes(); }
+};
+template <int N> struct msl_shape<msl_bools<N>> {
+  typedef bool element;
+  static constexpr constant int size = N;
+  static constexpr constant bool is_vector = true;
+};
+template <class T> constexpr constant bool msl_is_bools = false;
+template <int N> constexpr constant bool msl_is_bools<msl_bools<N>> = true;
+
 // T(a): a conversion between scalars or vectors, or a class's own constructor.
 template <class T, class A> MSL_FN constexpr T msl_convert(A a) {
   typedef typename msl_shape<T>::element E;
   if constexpr (msl_shape<T>::is_vector && msl_shape<A>::is_vector) {
     static_assert(msl_shape<A>::size == msl_shape<T>::size, "conversion between vectors of different sizes");
-    if constexpr (msl_half_to_bfloat<E, typename msl_shape<A>::element>)
+    if constexpr (msl_is_bools<T>)
+      return T(a);
+    else if constexpr (msl_is_bools<A>)
+      return __builtin_convertvector(a.lanes(), T);
+    else if constexpr (msl_half_to_bfloat<E, typename msl_shape<A>::element>)
       return __builtin_convertvector(__builtin_convertvector(a, vec<float, msl_shape<T>::size>), T);
     else
       return __builtin_convertvector(a, T);
@@ -94,30 +131,58 @@ template <class A, class B, class C, class D> MSL_FN msl_braced4<A, B, C, D> msl
   return {a, b, c, d};
 }
 
+// The value of an expression, also of a struct in constant memory, which clang copies byte by byte only.
+template <class T> union msl_bytes {
+  T value;
+  MSL_FN msl_bytes() {}
+};
+template <class T> MSL_FN T msl_value(const constant T& from) {
+  msl_bytes<T> to;
+  for (ulong i = 0; i < sizeof(T); i++) ((thread uchar*)&to)[i] = ((const constant uchar*)&from)[i];
+  return to.value;
+}
+template <class T> MSL_FN T msl_value(const T& from) { return from; }
+
 template <class T, class F> MSL_FN constexpr T as_type(F f) {
   static_assert(sizeof(T) == sizeof(F), "as_type between types of different sizes");
   return __builtin_bit_cast(T, f);
 }
 
-template <class T, int N> struct msl_packed {
-  T element_[N];
+template <class T, int N> struct msl_packed_lanes;
+template <class T> struct msl_packed_lanes<T, 2> { T x, y; };
+template <class T> struct msl_packed_lanes<T, 3> { T x, y, z; };
+template <class T> struct msl_packed_lanes<T, 4> { T x, y, z, w; };
+template <class T, int N> struct msl_packed : msl_packed_lanes<T, N> {
+  typedef vec<T, N> V;
   MSL_FN msl_packed() {}
-  MSL_FN msl_packed(vec<T, N> v) { for (int i = 0; i < N; i++) element_[i] = v[i]; }
-  template <class... R> MSL_FN msl_packed(T a, T b, R... rest) : element_{a, b, (T)rest...} {
+  MSL_FN msl_packed(V v) { for (int i = 0; i < N; i++) (&this->x)[i] = v[i]; }
+  template <class... R> MSL_FN msl_packed(T a, T b, R... rest) : msl_packed_lanes<T, N>{a, b, (T)rest...} {
     static_assert(sizeof...(R) == N - 2, "wrong number of components in vector constructor");
   }
-  MSL_FN operator vec<T, N>() const {
-    vec<T, N> v;
-    for (int i = 0; i < N; i++) v[i] = element_[i];
+  MSL_FN operator V() const {
+    V v;
+    for (int i = 0; i < N; i++) v[i] = (*this)[i];
     return v;
   }
-  MSL_FN thread T& operator[](int i) thread { return element_[i]; }
-  MSL_FN device T& operator[](int i) device { return element_[i]; }
-  MSL_FN threadgroup T& operator[](int i) threadgroup { return element_[i]; }
-  MSL_FN T operator[](int i) const { return element_[i]; }
+  MSL_FN thread T& operator[](int i) thread { return (&this->x)[i]; }
+  MSL_FN device T& operator[](int i) device { return (&this->x)[i]; }
+  MSL_FN threadgroup T& operator[](int i) threadgroup { return (&this->x)[i]; }
+  MSL_FN T operator[](int i) const { return (&this->x)[i]; }
+  MSL_FN V operator-() const { return -(V)*this; }
+#define MSL_PACKED_OPERATOR(op)                                         \
+  friend MSL_FN V operator op(msl_packed a, msl_packed b) { return (V)a op (V)b; } \
+  friend MSL_FN V operator op(msl_packed a, T b) { return (V)a op b; }  \
+  friend MSL_FN V operator op(T a, msl_packed b) { return a op (V)b; }  \
+  friend MSL_FN V operator op(msl_packed a, V b) { return (V)a op b; }  \
+  friend MSL_FN V operator op(V a, msl_packed b) { return a op (V)b; }  \
+  template <class A> MSL_FN void operator op##=(A a) { *this = msl_packed((V)*this op a); }
+  MSL_PACKED_OPERATOR(+) MSL_PACKED_OPERATOR(-) MSL_PACKED_OPERATOR(*) MSL_PACKED_OPERATOR(/)
 };
 }  // namespace metal
 using metal::as_type;
+typedef metal::msl_bools<2> bool2;
+typedef metal::msl_bools<3> bool3;
+typedef metal::msl_bools<4> bool4;
 
 #define MSL_PACKED(T)                            \
   typedef metal::msl_packed<T, 2> packed_##T##2; \

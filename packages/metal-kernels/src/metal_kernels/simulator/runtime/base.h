@@ -14,6 +14,8 @@ void* memcpy(void*, const void*, u64);
 void* memmove(void*, const void*, u64);
 void* memset(void*, int, u64);
 [[noreturn]] void abort();
+int sigaction(int signal, const void* action, void* before);
+int sigaltstack(const void* stack, void* before);
 }
 
 constexpr int kReadWrite = 3;           // PROT_READ | PROT_WRITE
@@ -24,6 +26,7 @@ constexpr u32 kSimdWidth = 32;
 constexpr u32 kMaxBuffers = 31;
 constexpr u32 kMaxVariables = 256;      // threadgroup variables of one kernel
 constexpr u64 kStackBytes = 256 * 1024; // private memory of one thread
+constexpr u64 kGuardBytes = 4096;        // at the lower end of each stack, not accessible
 constexpr u64 kArenaBytes = 1 << 20;    // more than the limit, so that an overflow can be reported, not suffered
 constexpr u64 kThreadgroupLimit = 32768;
 

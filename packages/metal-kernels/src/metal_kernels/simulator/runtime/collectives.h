@@ -8,18 +8,20 @@ static void release_simd(SimdGroup* simd, u32 site, bool all) {
   slots->mask = slots->done = 0;
   memset(slots->value, 0xFF, sizeof slots->value);
   u32 flags = 0;
+  bool barrier = false;
   for (u32 lane = 0; lane < simd->lanes; lane++) {
     Thread* t = simd->thread[lane];
     if (t->state != State::at_collective || !(all || t->site == site)) continue;
     slots->mask |= 1u << lane;
     if (t->value_bytes) memcpy(slots->value[lane], t->value, t->value_bytes);
-    if (t->is_barrier) flags = t->barrier_flags;
+    if (t->is_barrier) flags = t->barrier_flags, barrier = true;
     t->slots = slots;
     simd->waiting--;
     make_ready(t);
   }
   if (flags & 1) simd->device_epoch++;
   if (flags & 2) simd->threadgroup_epoch++;
+  simd->steps += barrier;
   report.collectives++;
 }
 
@@ -60,6 +62,7 @@ static void try_barrier() {
   if (alive != thread_count) report_barrier(Kind::missing_threads_at_barrier, site, 0);
   if (flags & 1) device_epoch++;
   if (flags & 2) threadgroup_epoch++;
+  step++;
   for (u32 i = 0; i < thread_count; i++)
     if (threads[i].state == State::at_barrier) make_ready(&threads[i]);
   at_barrier = 0;
@@ -85,6 +88,7 @@ static void resolve_stall() {
 }
 
 static void run_next() {
+  if (overwrite_count) judge_overwrites();
   Thread* self = current;
   Thread* next = take_ready();
   while (!next) {
@@ -101,6 +105,7 @@ static void run_next() {
 
 static void thread_main() {
   entry(buffer_address, threadgroup_address, &current->context);
+  if (overwrite_count) judge_overwrites();
   Thread* self = current;
   self->state = State::finished;
   alive--;

@@ -54,11 +54,13 @@ void __sanitizer_cov_trace_pc() {
     stop_launch();
   }
 }
-void msl_atomic_access(u64 address, u32 bytes, int write) {
-  if (checked) check_access(address, bytes, write, true, true, CALLER);
+void msl_atomic_access(u64 address, u32 bytes, int kind) {
+  if (!checked) return;
+  if (kind != 1) check_access(address, bytes, false, true, true, CALLER);
+  if (kind != 0) check_access(address, bytes, true, true, true, CALLER);
 }
 void msl_device_fence() {
-  group_fenced = true;
+  group_fenced = current->fenced = true;
   if (!checked) return;
   for (u32 i = 0; i < region_count; i++) {
     Region& r = regions[i];

@@ -6,7 +6,7 @@
 enum class Kind : u32 {
   out_of_bounds_read, out_of_bounds_write, misaligned, uninitialised_read, race_in_threadgroup, race_between_threadgroups,
   divergent_barrier, threadgroup_memory, too_many_threads, never_written, array_index, division_by_zero, endless, deadlock,
-  missing_threads_at_barrier,
+  missing_threads_at_barrier, crash,
 };
 
 enum class Space : u32 { none, buffer, threadgroup };

@@ -1,6 +1,7 @@
 // Runs one kernel launch: every threadgroup in turn, its threads as fibers.
 #include "collectives.h"
 #include "hooks.h"
+#include "signals.h"
 
 struct Buffer {
   u64 address, bytes;
@@ -93,6 +94,7 @@ static void start_thread(Thread& t, u32 i, const Uint3& group, const u32 size[3]
   t.simd->thread[t.lane] = &t;
   t.stack = stacks + i * kStackBytes;
   t.steps = 0;
+  t.fenced = false;
   Context& c = t.context;
   c.thread_position_in_threadgroup = {x, y, z};
   c.threadgroup_position_in_grid = group;
@@ -130,6 +132,7 @@ static void run_group(u32 index, const Launch& l, const Shape& shape) {
   at_barrier = ready_head = ready_tail = 0;
   group_device_epoch = ++device_epoch;
   group_threadgroup_epoch = ++threadgroup_epoch;
+  group_step = ++step;
   group_fenced = false;
   if (checked) memset(regions[region_count - 1].written, 0, kThreadgroupLimit);
   memset(arena, int(l.poison), kThreadgroupLimit);
@@ -137,7 +140,7 @@ static void run_group(u32 index, const Launch& l, const Shape& shape) {
   for (Variable& v : variables) v.placed = false;
   for (u32 s = 0; s * kSimdWidth < thread_count; s++) {
     SimdGroup& simd = simds[s];
-    simd.generation = simd.waiting = simd.device_epoch = simd.threadgroup_epoch = 0;
+    simd.generation = simd.waiting = simd.device_epoch = simd.threadgroup_epoch = simd.steps = 0;
     simd.lanes = simd.alive = lesser(kSimdWidth, thread_count - s * kSimdWidth);
   }
   for (u32 i = 0; i < thread_count; i++) start_thread(threads[i], i, group, size, l, shape);
@@ -185,13 +188,19 @@ void msl_launch(const Launch* l, Report* out) {
   random_state = l->seed * 2654435761u + 88172645463325252ull;
   library_begin = l->library_begin;
   library_end = l->library_end;
-  device_epoch = threadgroup_epoch = 1;
+  device_epoch = threadgroup_epoch = step = 1;
+  overwrite_count = 0;
   if (!arena) arena = (u8*)map_lazy(kArenaBytes);
-  if (!stacks) stacks = (u8*)map_lazy(kMaxThreads * kStackBytes);
+  if (!stacks) {
+    stacks = (u8*)map_lazy(kMaxThreads * kStackBytes);
+    for (u32 i = 0; i < kMaxThreads; i++) mprotect(stacks + i * kStackBytes, kGuardBytes, 0);
+  }
   for (u32 i = 0; i < l->buffer_count; i++) buffer_address[i] = l->buffers[i].address;
   Shape shape = {};
   if (checked) open_regions(*l);
+  catch_signals();
   if (measure(*l, shape)) run_groups(*l, shape);
+  release_signals();
   if (checked && !report.stopped && !report.fault_count) report_unwritten(*l);
   if (checked) close_regions();
   *out = report;

@@ -5,15 +5,17 @@
 // Barriers count epochs, which never restart, so an epoch also tells which threadgroup an access belonged to.
 static u32 device_epoch, threadgroup_epoch;
 static u32 group_device_epoch, group_threadgroup_epoch;  // the first epochs of the running threadgroup
+static u32 step, group_step;  // as epochs, of barriers with any flags: what was read before one stays read
 static bool group_fenced;                                // it executed a device-scope fence
 static bool checked;
 
 struct Cell {
-  u32 write_epoch, write_simd_epoch, read_epoch, read_simd_epoch;
+  u32 write_epoch, write_simd_epoch, read_step, read_simd_step;
   u32 write_group, read_group;
-  u32 write_pc, read_pc;  // from the start of the kernel library
-  u16 writer, reader;
+  u32 write_pc, read_pc, earlier_read_pc;  // from the start of the kernel library
+  u16 writer, reader, earlier_reader;      // the earlier reader is another one of the same epoch
   u8 split : 1, write_atomic : 1, plain_reader : 1, many_readers : 1, many_simds : 1, many_groups : 1, write_fenced : 1;
+  bool many_readers_or_simds() const { return many_readers || many_simds; }
 };
 
 struct Region {
@@ -70,16 +72,42 @@ struct Access {
 // The kernel library: its instructions and its own read-only data.
 static u64 library_begin, library_end;
 
-static void race(Kind kind, const Access& a, const Cell& c, bool other_wrote) {
-  Fault f = fault_at(kind, a.region, a.address, a.bytes, a.write, a.pc);
-  f.other_thread = other_wrote ? c.writer : c.reader;
-  f.other_group = other_wrote ? c.write_group : c.read_group;
-  f.other_pc = library_begin + (other_wrote ? c.write_pc : c.read_pc);
-  f.writes |= other_wrote << 1;
-  add_fault(f);
+// Two writes of one value do no harm: whether they are is seen when the second has happened.
+struct Overwrite {
+  Fault fault;
+  u64 address, bytes;
+  u8 before[16];
+};
+static Overwrite overwrites[32];
+static u32 overwrite_count;
+
+static void judge_overwrites() {
+  for (u32 i = 0; i < overwrite_count; i++) {
+    const Overwrite& o = overwrites[i];
+    for (u64 k = 0; k < o.bytes; k++)
+      if (((const u8*)o.address)[k] != o.before[k]) {
+        add_fault(o.fault);
+        break;
+      }
+  }
+  overwrite_count = 0;
 }
 
-// Whether an earlier access by thread `other` may still be in flight.
+static void race(Kind kind, const Access& a, const Cell& c, bool other_wrote) {
+  Fault f = fault_at(kind, a.region, a.address, a.bytes, a.write, a.pc);
+  bool earlier = !other_wrote && c.many_readers_or_simds() && c.reader == current->index;
+  f.other_thread = other_wrote ? c.writer : earlier ? c.earlier_reader : c.reader;
+  f.other_group = other_wrote ? c.write_group : c.read_group;
+  f.other_pc = library_begin + (other_wrote ? c.write_pc : earlier ? c.earlier_read_pc : c.read_pc);
+  f.writes |= other_wrote << 1;
+  if (f.writes != 3 || a.atomic || a.bytes > 16 || overwrite_count == 32) return add_fault(f);
+  if (overwrite_count && overwrites[overwrite_count - 1].address == a.address) return;
+  Overwrite& o = overwrites[overwrite_count++];
+  o = {f, a.address, a.bytes, {}};
+  memcpy(o.before, (const void*)a.address, a.bytes);
+}
+
+// Whether an earlier write by thread `other` may still be in flight.
 static bool unordered(const Access& a, u32 other, u32 epoch, u32 simd_epoch) {
   if (other == current->index || epoch != a.epoch) return false;
   return other / kSimdWidth != current->index / kSimdWidth || simd_epoch == a.simd_epoch;
@@ -90,22 +118,22 @@ static void check_against_write(const Access& a, const Cell& c) {
   if (c.write_epoch < a.group_epoch) {
     if (a.region->space != Space::buffer || (c.write_fenced && group_fenced)) return;
     race(Kind::race_between_threadgroups, a, c, true);
-  } else if (unordered(a, c.writer, c.write_epoch, c.write_simd_epoch)) {
+  } else if (!(c.write_fenced && current->fenced) && unordered(a, c.writer, c.write_epoch, c.write_simd_epoch)) {
     race(Kind::race_in_threadgroup, a, c, true);
   }
 }
 
 static void check_against_reads(const Access& a, const Cell& c) {
-  if (!c.read_epoch || (a.atomic && !c.plain_reader)) return;
-  if (c.many_groups || c.read_epoch < a.group_epoch) {
+  if (!c.read_step || (a.atomic && !c.plain_reader)) return;
+  if (c.many_groups || c.read_step < group_step) {
     if (a.region->space != Space::buffer || group_fenced) return;
     return race(Kind::race_between_threadgroups, a, c, false);
   }
-  if (c.read_epoch != a.epoch) return;
+  if (c.read_step != step) return;
   bool same_simd = c.reader / kSimdWidth == current->index / kSimdWidth;
-  bool same_step = c.read_simd_epoch == a.simd_epoch;
+  bool same_step = c.read_simd_step == current->simd->steps;
   bool others_read = c.many_simds || (c.many_readers && same_simd && same_step);
-  if (others_read || unordered(a, c.reader, c.read_epoch, c.read_simd_epoch))
+  if (others_read || (c.reader != current->index && (!same_simd || same_step)))
     race(Kind::race_in_threadgroup, a, c, false);
 }
 
@@ -120,16 +148,17 @@ static void note_write(const Access& a, Cell& c) {
 }
 
 static void note_read(const Access& a, Cell& c) {
-  bool same_group = c.read_epoch >= a.group_epoch;
-  if (c.read_epoch && !same_group && a.region->space == Space::buffer) c.many_groups = 1;
-  bool same_epoch = c.read_epoch == a.epoch;
+  bool same_group = c.read_step >= group_step;
+  if (c.read_step && !same_group && a.region->space == Space::buffer) c.many_groups = 1;
+  bool same_epoch = c.read_step == step;
   if (!same_epoch) c.many_readers = c.many_simds = 0;
   if (!c.many_groups && !same_epoch) c.plain_reader = 0;
   if (same_epoch && c.reader / kSimdWidth != current->index / kSimdWidth) c.many_simds = 1;
-  else if (same_epoch && c.read_simd_epoch == a.simd_epoch && c.reader != current->index) c.many_readers = 1;
-  else if (same_epoch && c.read_simd_epoch != a.simd_epoch) c.many_readers = 0;
-  c.read_epoch = a.epoch;
-  c.read_simd_epoch = a.simd_epoch;
+  else if (same_epoch && c.read_simd_step == current->simd->steps && c.reader != current->index) c.many_readers = 1;
+  else if (same_epoch && c.read_simd_step != current->simd->steps) c.many_readers = 0;
+  if (same_epoch && c.reader != current->index) c.earlier_reader = c.reader, c.earlier_read_pc = c.read_pc;
+  c.read_step = step;
+  c.read_simd_step = current->simd->steps;
   c.read_group = group_index;
   c.read_pc = u32(a.pc - library_begin);
   c.reader = u16(current->index);
@@ -189,6 +218,7 @@ static bool is_executor(u64 address) {
 }
 
 static void check_access(u64 address, u64 bytes, bool write, bool atomic, bool aligned, u64 pc) {
+  if (overwrite_count) judge_overwrites();
   if (!current || !checked || is_private(address) || is_executor(address)) return;
   if (address >= library_begin && address < library_end) return;
   report.accesses++;
@@ -197,7 +227,11 @@ static void check_access(u64 address, u64 bytes, bool write, bool atomic, bool a
     add_fault(fault_at(write ? Kind::out_of_bounds_write : Kind::out_of_bounds_read, nearest_region(address), address, bytes, write, pc));
     stop_launch();
   }
-  if (aligned && address % bytes) add_fault(fault_at(Kind::misaligned, r, address, bytes, write, pc));
+  if (aligned && address % bytes) {
+    // The processor itself may refuse the access.
+    add_fault(fault_at(Kind::misaligned, r, address, bytes, write, pc));
+    stop_launch();
+  }
   bool device = r->space == Space::buffer;
   SimdGroup* simd = current->simd;
   Access a = {r, address, bytes, pc, write, atomic, device ? device_epoch : threadgroup_epoch,

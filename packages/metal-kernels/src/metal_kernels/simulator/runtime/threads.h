@@ -34,6 +34,7 @@ struct Thread {
   u32 site;          // line * 1024 + column of the collective or barrier it waits at
   u32 barrier_flags;
   bool is_barrier;   // the collective is a simdgroup_barrier
+  bool fenced;       // it executed a device-scope fence
   const void* value;
   u32 value_bytes;
   Slots* slots;
@@ -44,6 +45,7 @@ struct SimdGroup {
   Slots slots[2];
   u32 generation, waiting, alive, lanes;
   u32 device_epoch, threadgroup_epoch;  // simdgroup_barriers that ordered each kind of memory
+  u32 steps;                            // simdgroup_barriers of any kind
   Thread* thread[kSimdWidth];
 };
 
@@ -65,7 +67,10 @@ static u64 buffer_address[kMaxBuffers + 1];
 static u64 threadgroup_address[kMaxBuffers + 1];
 static u32 group_index;
 
-extern "C" void msl_switch(void** save, void* load);
+extern "C" {
+void msl_switch(void** save, void* load);
+void msl_resume();  // continues what msl_switch saved, from a stack pointer that is already there
+}
 asm(R"(.text
 .globl msl_switch
 .type msl_switch,@function
@@ -78,6 +83,8 @@ msl_switch:
  pushq %r15
  movq %rsp, (%rdi)
  movq %rsi, %rsp
+.globl msl_resume
+msl_resume:
  popq %r15
  popq %r14
  popq %r13
