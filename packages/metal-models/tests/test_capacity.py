@@ -66,7 +66,7 @@ def test_latents_and_states_are_planned(lab, name, kind):
         ({"quant_method": "gptq", "bits": 8, "group_size": 128, "desc_act": False}, 8.25),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4.25),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}, 16),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 16),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4.5),
     ],
 )
 def test_converted_weights(lab: SimpleNamespace, settings: dict[str, Any], bits_per_weight: float) -> None:

@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 from metal_models import interception, registry
 from metal_models.checkpoint import check_files, read_config
 from metal_models.errors import CheckpointError, MetalModelsError
+from metal_models.factored_linear import multiply_by
 from metal_models.model import PagedModel
 from metal_models.pooling_checkpoint import for_pooling
 from metal_models.residence import embed_in, evaluate, expand, expanded_nbytes, nbytes
@@ -151,10 +152,17 @@ def _attempt(
         ) from error
     _check_floating(module, path)
     if conversion is not None:
+        _multiply(module, conversion)
         del loaded["quantization"]
         if (found := quantization_of(module)) is not None:
             loaded["quantization"] = found
     return module, loaded
+
+
+def _multiply(module: nn.Module, conversion: Conversion) -> None:
+    layers: dict[str, Any] = dict(module.named_modules())
+    for name, factor in conversion.factors.items():
+        multiply_by(layers[name], factor)
 
 
 def _check_floating(module: nn.Module, path: Path) -> None:

@@ -7,7 +7,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from metal_models.factored_linear import FactoredLinear, FactoredSwitchLinear
+
 _FLOAT_CLASSES: dict[type, type] = {
+    FactoredLinear: nn.Linear,
+    FactoredSwitchLinear: SwitchLinear,
     nn.QuantizedLinear: nn.Linear,
     nn.QuantizedEmbedding: nn.Embedding,
     QuantizedSwitchLinear: SwitchLinear,
@@ -51,6 +55,9 @@ def expand(module: nn.Module, dtype: mx.Dtype | None = None) -> None:
             layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode,
             dtype=_dtype_of(layer, dtype),
         )  # fmt: skip
+        if isinstance(layer, FactoredLinear | FactoredSwitchLinear):
+            factor = layer.factor[..., None, None] if layer.factor.ndim else layer.factor
+            weight = (weight.astype(mx.float32) * factor).astype(weight.dtype)
         mx.eval(weight)
         plain: Any = _FLOAT_CLASSES[type(layer)]
         replaced = plain.__new__(plain)

@@ -177,8 +177,9 @@ def test_mxfp4(checkpoints: Any) -> None:
     assert checkpoints.same(*checkpoints.pair(method, quantised)).module.layers[0].mlp.up_proj.mode == "mxfp4"
 
 
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("factor", [1.0, 300.0])
-def test_nvfp4(checkpoints: Any, factor: float) -> None:
+def test_nvfp4(checkpoints: Any, factor: float, model: str) -> None:
     def quantised(_: str, weight: np.ndarray) -> Any:
         largest = np.abs(weight.reshape(weight.shape[0], -1, 16)).max(-1)
         scales = mx.to_fp8(mx.array(largest / 6 * factor))
@@ -187,7 +188,14 @@ def test_nvfp4(checkpoints: Any, factor: float) -> None:
         return parts | {".input_global_scale": mx.array([7.0])}, values
 
     method = settings("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    checkpoints.same(*checkpoints.pair(method, quantised))
+    paths = checkpoints.pair(method, quantised, model)
+    mlp = checkpoints.same(*paths).module.layers[0].mlp
+    layer = mlp.switch_mlp.up_proj if model == "qwen3_moe" else mlp.up_proj
+    assert (layer.mode, layer.bits, layer.group_size) == ("nvfp4", 4, 16)
+    exact = load(paths[1]).module.layers[0].self_attn.q_proj.weight
+    for options in ({"dtype": mx.float16}, {"dtype": mx.float32, "expand_to_bytes": 1 << 30}):
+        weight = load(paths[0], **options).module.layers[0].self_attn.q_proj.weight
+        np.testing.assert_allclose(np.array(weight), np.array(exact), rtol=1e-3, atol=1e-5)
 
 
 def test_experts(checkpoints: Any) -> None:

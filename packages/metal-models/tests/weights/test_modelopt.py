@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from metal_models import MetalModelsError, load
+from metal_models.capacity import converted_weight_bytes
+from metal_models.checkpoint import read_config
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -27,7 +29,11 @@ def nvfp4(weight: np.ndarray, factor: float) -> Any:
 
 def test_nvfp4_with_a_factor(checkpoints: Any) -> None:
     settings = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
-    checkpoints.same(*checkpoints.pair(settings, lambda _, weight: nvfp4(weight, 0.0123)))
+    paths = checkpoints.pair(settings, lambda _, weight: nvfp4(weight, 0.0123))
+    model = checkpoints.same(*paths)
+    assert model.module.layers[0].mlp.up_proj.mode == "nvfp4"
+    planned = converted_weight_bytes(read_config(paths[0]), dtype=mx.float32)
+    assert planned == pytest.approx(model.nbytes, rel=0.02)
 
 
 def test_settings_in_a_file_of_their_own(checkpoints: Any) -> None:

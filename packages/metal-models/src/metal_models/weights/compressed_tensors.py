@@ -62,10 +62,12 @@ def _names(target: str, module: str) -> bool:
 
 def _kept(module: str, settings: Mapping[str, Any]) -> MLXForm | None:
     scheme = _scheme(module, settings)
-    bits, group_size = int(scheme.get("num_bits") or 4), scheme.get("group_size")
+    bits, group_size = int(scheme.get("num_bits") or 4), int(scheme.get("group_size") or 0)
     if scheme.get("type", "int") == "int":
         return None if scheme.get("actorder") == "group" else MLXForm.affine(bits, group_size)
-    return MLXForm(bits, 32, f"mxfp{bits}") if group_size == 32 else None
+    return {(4, 16): MLXForm(4, 16, "nvfp4"), (4, 32): MLXForm(4, 32, "mxfp4"), (8, 32): MLXForm(8, 32, "mxfp8")}.get(
+        (bits, group_size)
+    )
 
 
 def _read(parts: Parts, settings: Mapping[str, Any]) -> StoredWeight:

@@ -3,12 +3,13 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from metal_models.errors import CheckpointError
 from metal_models.weights.formats import CheckpointFormat
@@ -36,11 +37,13 @@ class Conversion:
         format: Of its weights.
         dtype: Of scales, and of weights as floats.
         pack: Whether weights may stay quantised.
+        factors: Filled while loading: what the weights of linear layers are to be multiplied with, by name.
     """
 
     format: CheckpointFormat
     dtype: mx.Dtype
     pack: bool
+    factors: Tensors = field(default_factory=dict)
 
     def __call__(self, tensors: Mapping[str, mx.array]) -> tuple[Tensors, dict[str, Packed]]:
         """Return the tensors as floats, and the weights that stay quantised; lazily.
@@ -109,9 +112,26 @@ def converting(model_class: type[nn.Module], conversion: Conversion) -> type[nn.
                 array = found[name]
                 if part == "scales" or array.dtype != mx.uint8:
                     tensors[name.removesuffix("weight") + part] = array
+        if any(part.factor is not None for part in packed.values()):
+            values = {name: mx.ones((1, 1)) if part.factor is None else part.factor for name, part in packed.items()}
+            found = own(copy.copy(twin), dense | {name: factor.reshape(1, 1) for name, factor in values.items()})
+            factors = {name.removesuffix(".weight"): found[name] for name in words}
+            conversion.factors.update(_factors(self, tensors, factors))
         return tensors
 
     return type(base.__name__, (base,), {"sanitize": sanitize, "__module__": base.__module__})
+
+
+def _factors(module: nn.Module, tensors: Tensors, factors: Tensors) -> Tensors:
+    """Return the factors of weights in a mode that has some, by the name of their layer: one, or one an expert."""
+    layers = dict(module.named_modules())
+    found = {path: factor for path, factor in factors.items() if tensors[f"{path}.scales"].dtype == mx.uint8}
+    for path, factor in found.items():
+        layer = layers.get(path)
+        experts = layer.weight.shape[0] if isinstance(layer, SwitchLinear) else 1
+        if not isinstance(layer, nn.Linear | SwitchLinear) or factor.size != experts:
+            raise ValueError(f"{path} is no layer whose weight can have a factor")
+    return found
 
 
 def _drop_empty_biases(module: nn.Module, tensors: Tensors) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from metal_models.errors import MetalModelsError
 from metal_models.weights.fp8 import float8
-from metal_models.weights.parts import Format, Parts
+from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import Float4Weight, StoredWeight
 
 _ALGORITHMS = ("FP8", "NVFP4", "MIXED_PRECISION")
@@ -22,6 +22,11 @@ def _check(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _kept(_: str, settings: Mapping[str, Any]) -> MLXForm | None:
+    named = settings.get("quantization", settings)
+    return MLXForm(4, 16, "nvfp4") if named.get("quant_algo") == "NVFP4" else None
+
+
 def _read(parts: Parts, settings: Mapping[str, Any]) -> StoredWeight:
     if (factor := parts.get(".weight_scale_2")) is None:
         return float8(parts, ".weight", ".weight_scale")
@@ -31,4 +36,4 @@ def _read(parts: Parts, settings: Mapping[str, Any]) -> StoredWeight:
     return Float4Weight(codes, scales, "nvfp4", factor.astype(mx.float32))
 
 
-MODELOPT = Format((".weight",), (".weight_scale",), (".weight_scale_2",), ".weight", _read, lambda *_: None, _check)
+MODELOPT = Format((".weight",), (".weight_scale",), (".weight_scale_2",), ".weight", _read, _kept, _check)

@@ -25,11 +25,13 @@ class Packed:
         weight: uint32 words.
         scales: In the dtype of activations (affine) or uint8 (the other modes).
         biases: Of the affine mode only.
+        factor: One float32 number that the nvfp4 mode's values are multiplied with.
     """
 
     weight: mx.array
     scales: mx.array
     biases: mx.array | None = None
+    factor: mx.array | None = None
 
 
 @runtime_checkable
@@ -146,12 +148,12 @@ class Float4Weight:
     factor: mx.array | None = None
 
     def packed(self, dtype: mx.Dtype) -> Packed | None:
-        """Take the words as they are, unless there is a factor, which MLX's linear layers do not have."""
+        """Take the words as they are. Without their factor, products can be too large for float16."""
         columns = 2 * self.codes.shape[-1]
         fits = columns == self.scales.shape[-1] * _FP4_MODES[self.mode] and columns % 32 == 0
-        if not fits or (self.factor is not None and self.factor.item() != 1):
+        if not fits or (self.factor is not None and dtype == mx.float16):
             return None
-        return Packed(mx.contiguous(self.codes).view(mx.uint32), self.scales)
+        return Packed(mx.contiguous(self.codes).view(mx.uint32), self.scales, factor=self.factor)
 
     def dense(self, dtype: mx.Dtype) -> mx.array:
         """Return ``[rows, columns]``."""
