@@ -244,6 +244,36 @@ def test_failed_encode_ends_its_request_alone(engine: Callable[..., LLM], expect
     assert tokens_of(ask(llm, PROMPTS)) == [expected(prompt) for prompt in PROMPTS]
 
 
+def test_video(vision_dir: Path, engine: Callable[..., LLM]) -> None:
+    """Coordinates in time go on by seconds; pixels are what the encoder got."""
+    llm = engine(limit_mm_per_prompt={"image": 0, "video": 1})
+    seen = count_encodes(llm)
+    frames = np.stack([np.asarray(image(i, 84, 56)) for i in range(6)])
+    facts = {"fps": 1.0, "frames_indices": list(range(6)), "total_num_frames": 6, "duration": 6.0}
+    prompt = {"prompt_token_ids": [1, 20, START, VIDEO, END, 30], "multi_modal_data": {"video": [(frames, facts)]}}
+    [output] = llm.generate([prompt], GREEDY, use_tqdm=False)
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vision_dir, attn_implementation="eager")
+    [item] = seen
+    given = {name: torch.from_numpy(np.array(item.data[name])) for name in item.data}
+    vision = {"pixel_values_videos": given["pixel_values_videos"], "video_grid_thw": given["video_grid_thw"][None]}
+    full = list(output.prompt_token_ids)
+    times, rows, columns = given["video_grid_thw"].tolist()
+    cells = np.indices((times, rows // 2, columns // 2)).reshape(3, -1)
+    cells[0] *= int(4 * given["second_per_grid_ts"])  # four positions to a second
+    assert full.count(VIDEO) == cells.shape[1]
+    # As vLLM has it, and the model's first code: text goes on after the last position in time, too.
+    later = cells.max() + 4
+    for _ in range(8):
+        after = np.arange(later, later + len(full) - 3 - cells.shape[1])
+        places = [np.concatenate([np.arange(3), axis + 3, after]) for axis in cells]
+        positions = torch.from_numpy(np.stack(places))[:, None]
+        with torch.no_grad():
+            types = 2 * (torch.tensor([full]) == VIDEO).int()
+            answer = model(input_ids=torch.tensor([full]), mm_token_type_ids=types, position_ids=positions, **vision)
+        full.append(len(SPECIAL) + int(answer.logits[0, -1, len(SPECIAL) :].argmax()))
+    assert list(output.outputs[0].token_ids) == full[-8:]
+
+
 def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: Expected) -> None:
     core = engine().llm_engine
     for name, (tokens, images) in zip(("gone", "stays"), (PROMPTS[3], PROMPTS[0]), strict=True):

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_others_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(UnsupportedConfigError, match=r"preprocessor_config\.json"):
         serving(checkpoint(tmp_path, processor=False), envs(), {})
+
+
+def test_a_missing_torchvision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for mode in ("auto", "text-only-compat"):
+        with pytest.raises(UnsupportedConfigError, match="expected torchvision"):
+            serving(checkpoint(tmp_path), envs(mode), {})
+    assert serving(checkpoint(tmp_path, "gemma3"), envs(), {}).modalities == {"image"}
 
 
 def test_contiguous_caches_take_text(tmp_path: Path) -> None:

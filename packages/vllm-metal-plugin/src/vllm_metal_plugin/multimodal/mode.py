@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ COMPATIBLE = frozenset({"gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe"})
 """``model_type`` of conditional-generation wrappers that ``auto`` serves as text where they have no towers here."""
 _TOWER_CONFIGS = ("vision_config", "audio_config", "vision_tower_config", "vit_config")
 _TOWER_TENSORS = ("vision", "visual", "vit", "audio", "siglip", "multi_modal_projector", "mm_projector")
+_NEED_TORCHVISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paddleocr_vl")
+"""First letters of the ``model_type`` of wrappers whose code in vLLM imports torchvision, images or not."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -48,6 +51,7 @@ def serving(directory: str, envs: MetalEnvs, asked: Mapping[str, Any]) -> Servin
     has_audio = bool(config.get("audio_config"))
     if not any(config.get(name) for name in _TOWER_CONFIGS):
         return Serving(frozenset())
+    _check_torchvision(str(config.get("model_type")))
     if all(_count(asked.get(name)) == 0 for name in MODALITIES if name != "audio" or has_audio):
         return _text("--limit-mm-per-prompt allows nothing else")
     if envs.multimodal_mode == "text-only-compat":
@@ -78,6 +82,14 @@ def limits(asked: Mapping[str, Any], modalities: Collection[str] = MODALITIES) -
     if _count(allowed.get("image")) == 0:
         allowed.setdefault("video", 0)
     return allowed
+
+
+def _check_torchvision(model_type: str) -> None:
+    if model_type.startswith(_NEED_TORCHVISION) and find_spec("torchvision") is None:
+        raise UnsupportedConfigError(
+            f"[multimodal] expected torchvision, which vLLM's code for {model_type!r} imports, got an environment "
+            "without it. Install vllm-metal-plugin[multimodal]."
+        )
 
 
 def _text(reason: str) -> Serving:

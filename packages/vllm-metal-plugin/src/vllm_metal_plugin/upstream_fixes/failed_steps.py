@@ -39,8 +39,11 @@ class FailedStepOutput(ModelRunnerOutput):  # type: ignore[misc]
     @classmethod
     def of_some(cls, output: ModelRunnerOutput, req_ids: Iterable[str]) -> "FailedStepOutput":
         """Return ``output`` as one that fails ``req_ids`` and is good for the other requests."""
+        failed = set(req_ids)
         values = {part.name: getattr(output, part.name) for part in fields(ModelRunnerOutput)}
-        return cls(**values, failed_req_ids=set(req_ids))
+        sampled = zip(output.req_ids, output.sampled_token_ids, strict=True)
+        values["sampled_token_ids"] = [[] if req_id in failed else tokens for req_id, tokens in sampled]
+        return cls(**values, failed_req_ids=failed)
 
 
 def install() -> None:
