@@ -118,7 +118,7 @@ class MetalPlatform(Platform):  # type: ignore[misc]
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
         """Let the command line take vLLM's former short form of limits."""
-        from vllm_metal_plugin.launch import accept_short_limits
+        from vllm_metal_plugin.multimodal.short_limits import accept_short_limits
 
         if parser is not None:
             accept_short_limits(parser)
