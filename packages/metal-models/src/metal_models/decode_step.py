@@ -17,6 +17,9 @@ from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device
 
+# Keys of a range at least: on CUDA the launch that joins two ranges keeps the host busier than it saves the device.
+_MIN_RANGE = {"metal": 256, "cuda": 512, "cpu": 256}
+
 
 @dataclass(frozen=True)
 class _PlanKey:
@@ -151,7 +154,9 @@ def _packed(
         group = metadata[key.group]
         slots = np.full(len(positions), -1, np.int32)
         slots[: batch.num_reqs] = group.slots.host
-        sizes, plan = pack_decode(group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size)
+        sizes, plan = pack_decode(
+            group.batch, key.window, key.simdgroups_per_range, reqs, key.block_size, _MIN_RANGE[target()]
+        )
         plans.append((key, sizes))
         parts += [slots, plan]
     return _StepSizes(reqs, tuple(plans)), np.concatenate(parts)
