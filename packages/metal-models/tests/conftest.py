@@ -101,7 +101,7 @@ class Server:
             ]
         return Request(list(tokens), shared_tokens, blocks)
 
-    def positions(self, work: Sequence[tuple[Request, int]]) -> mx.array | None:
+    def positions(self, work: Sequence[tuple[Request, int]]) -> np.ndarray | None:
         """Return the positions of a step's rows where they do not just count up."""
         return None
 
@@ -124,11 +124,13 @@ class Server:
                 seq_lens,
                 _table([r.blocks[g] for r, _ in work]),
                 group.block_size,
-                self.positions(work),
                 keeps_rows=group.keeps_rows,
             )
             for g, group in enumerate(self.groups)
         ]
+        positions = self.positions(work)
+        if positions is not None:
+            metadata = [own.at(positions) for own in metadata]
         ids = [t for r, n in work for t in r.tokens[r.computed : r.computed + n]]
         hidden = self.model.forward(mx.array(ids, mx.int32), metadata, self.pool, **self.inputs(work))
         logits = self.model.compute_logits(hidden[mx.array(starts[1:] - 1)])

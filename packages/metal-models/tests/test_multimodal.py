@@ -354,12 +354,12 @@ class Engine:
             given["rope_positions"] = mx.array(np.concatenate(turns, axis=1))
         return given
 
-    def positions(self, work: Any) -> mx.array | None:
+    def positions(self, work: Any) -> np.ndarray | None:
         """Return where the rows of a step of one row each are in time, height and width alike."""
         found = [self.coordinates(request) for request, _ in work]
         if found[0] is None or any(count > 1 for _, count in work):
             return None
-        return mx.array([int(own[0, r.computed]) for own, (r, _) in zip(found, work, strict=True)], mx.int32)
+        return np.array([own[0, r.computed] for own, (r, _) in zip(found, work, strict=True)], np.int32)
 
 
 def serving(lab: SimpleNamespace, family: Family) -> Any:
@@ -367,7 +367,7 @@ def serving(lab: SimpleNamespace, family: Family) -> Any:
     engine = Engine(family)
 
     class MultimodalServer(lab.Server):
-        def positions(self, work: Any) -> mx.array | None:
+        def positions(self, work: Any) -> np.ndarray | None:
             return engine.positions(work)
 
         def inputs(self, work: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 
 from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool
 from metal_models import MetalModelsError, PagedModel
+from metal_models.decode_program import decode_program
+from metal_models.decode_step import DecodeStep
 from metal_models.row_inputs import RopeSections, RowEmbeddings, rope_sections
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
@@ -66,6 +68,23 @@ def test_further_parts_are_added_after_the_first_layers(tiny: Callable[..., Page
     heard = forward(model, ids, embeddings=RowEmbeddings(row, mx.concatenate([own, mx.ones((1, 128))], axis=1)))
     np.testing.assert_array_equal(np.array(heard[0]), np.array(plain[0]))
     assert np.abs(np.array(heard[1:]) - np.array(plain[1:])).max() > 1e-3
+
+
+def test_fused_decode_turns_heads_by_the_positions_that_it_is_given(tiny: Callable[..., PagedModel]) -> None:
+    model = tiny("qwen3_vl")
+    specs = model.kv_cache_specs(4)
+    pools = [KVCachePool(CacheLayout.from_groups([CacheGroup(tuple(specs), tuple(specs.values()))], 8)) for _ in "ab"]
+    program = decode_program(model.module)
+    assert program is not None
+    step = DecodeStep(program, [pools[1].layer(name) for name in specs], compiled=False)
+    tables = np.array([[1, 2], [3, 4]], np.int32)
+    prompt = AttentionMetadata.build([0, 3, 5], [3, 2], tables, 4)
+    for pool in pools:
+        mx.eval(model.forward(mx.array([5, 6, 7, 8, 9]), [prompt], pool), pool.arrays())
+    shifted = AttentionMetadata.build([0, 1, 2], [4, 3], tables, 4).at(np.array([1, 6], np.int32))
+    ids = mx.array([10, 11], mx.int32)
+    plain, fused = model.forward(ids, [shifted], pools[0]), step(ids, [shifted])
+    np.testing.assert_allclose(np.array(fused), np.array(plain), rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_that_cannot_take_them_says_so(tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:

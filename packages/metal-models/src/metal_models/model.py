@@ -109,7 +109,8 @@ class PagedModel:
                 result (``pool.arrays()``). Views of the latest pool are kept for the next step.
             embeddings: What some rows take in place of their token's embedding.
             rope_positions: Time, height and width of every row, for models that turn heads by three coordinates
-                (M-RoPE). Where the three are equal in all rows, give the metadata these positions instead.
+                (M-RoPE). Where the three are equal in all rows, give the metadata these positions instead
+                (``AttentionMetadata.at``): decode steps then stay compiled.
             bidirectional: Ranges of rows that see each other, later ones too, each within one request: the embeddings
                 of an item, for towers that say so. Rows of a range that earlier steps computed did not see these.
 

@@ -195,7 +195,7 @@ class RowInputs:
         for name in backbone_path(self._module):
             backbone = getattr(backbone, name)
         _turn_to(_embedding_of(backbone), _embedding, self)
-        for index, layer in enumerate(backbone.layers):
+        for index, layer in enumerate(getattr(backbone, "layers", ())):
             _turn_to(layer, _layer, (self, index))
         if self._sections is not None:
             for _, part in backbone.named_modules():

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,9 @@ def _as_before(config: dict[str, Any]) -> dict[str, Any]:
 def _import(name: str) -> Any:
     """Import ``mlx_vlm.models.<name>``.
 
-    Its packages replace ``AutoProcessor.from_pretrained`` of transformers with one that returns their own processors;
-    whatever else runs in the process expects transformers', so that is undone.
+    Its packages replace ``AutoProcessor.from_pretrained`` of transformers with one that returns their own processors,
+    and silence transformers by environment variables; whatever else runs in the process, or is started by it, expects
+    transformers' own, so that is undone.
     """
     if not installed():
         raise MetalModelsError(
@@ -100,8 +102,11 @@ def _import(name: str) -> Any:
         )
     from transformers import AutoProcessor
 
-    own = AutoProcessor.__dict__["from_pretrained"]
+    own, environment = AutoProcessor.__dict__["from_pretrained"], dict(os.environ)
     try:
         return importlib.import_module(f"mlx_vlm.models.{name}")
     finally:
         AutoProcessor.from_pretrained = own
+        for variable in set(os.environ) - set(environment):
+            del os.environ[variable]
+        os.environ.update(environment)
