@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
 
 from vllm_metal_plugin.errors import ModelFilesError, UnsupportedConfigError
 from vllm_metal_plugin.quantization import QUANTIZATION
@@ -66,3 +69,40 @@ def test_other_methods_are_refused_by_name(configure: Callable[..., Any], method
 def test_quantising_while_loading_is_refused(configure: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedConfigError, match=r"expected no --quantization .* got fp8"):
         configure({}, quantization="fp8")
+
+
+def quantise_to_fp8(source: Path, stored: Path, values: Path) -> None:
+    """Write a model with FP8 weights, in blocks, and one that has their values."""
+    shutil.copytree(source, stored)
+    shutil.copytree(source, values)
+    tensors: Any = mx.load(str(source / "model.safetensors"))
+    codes = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        blocks = tensors[name].reshape(rows // 32, 32, columns // 32, 32)
+        scales = mx.abs(blocks).max(axis=(1, 3)) / 448
+        wide = mx.repeat(mx.repeat(scales, 32, axis=0), 32, axis=1)
+        codes |= {name: mx.to_fp8(tensors[name] / wide), f"{name}_scale_inv": scales}
+        tensors[name] = mx.from_fp8(codes[name], mx.float32) * wide
+    mx.save_safetensors(str(stored / "model.safetensors"), codes)
+    mx.save_safetensors(str(values / "model.safetensors"), tensors)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    config = json.loads((source / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+def test_served_tokens_are_those_of_the_values(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import LLM, SamplingParams
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    quantise_to_fp8(model_dir, tmp_path / "stored", tmp_path / "values")
+    llm = LLM(model=str(tmp_path / "stored"), max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=4 << 20)
+    prompt = [1, 5, 9, 17]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    (served,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    module, _ = load_model(tmp_path / "values")
+    expected = [int(token) for token, _ in generate_step(mx.array(prompt), module, max_tokens=8)]
+    assert list(served.outputs[0].token_ids) == expected

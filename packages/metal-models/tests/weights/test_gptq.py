@@ -141,6 +141,16 @@ def test_missing_tensor_is_named(checkpoints: Any, missing: str) -> None:
         load(checkpoints.pair(METHOD, without)[0])
 
 
+def test_extra_weight_is_named(checkpoints: Any) -> None:
+    def extra(name: str, weight: np.ndarray) -> Any:
+        parts, values = quantize(weight, 4, 64)
+        more = {ending.replace(".", ".more."): part for ending, part in parts.items()} if "1.mlp.up" in name else {}
+        return parts | more, values
+
+    with pytest.raises(CheckpointError, match=r"not in model.*model\.layers\.1\.mlp\.up_proj\.more\.weight"):
+        load(checkpoints.pair(METHOD, extra)[0])
+
+
 def test_misshapen_tensor_is_named(checkpoints: Any) -> None:
     def cut(_: str, weight: np.ndarray) -> Any:
         parts, values = quantize(weight, 4, 64)

@@ -36,6 +36,23 @@ def test_nvfp4_with_a_factor(checkpoints: Any) -> None:
     assert planned == pytest.approx(model.nbytes, rel=0.02)
 
 
+def test_a_layer_that_cannot_stay_packed(checkpoints: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An embedding cannot have a factor: everything becomes floats, and the log says so."""
+    config, tensors = checkpoints.model()
+    stored: dict[str, Any] = {}
+    for key, array in tensors.items():
+        parts = {".weight": mx.array(array)}
+        if key.endswith(("_proj.weight", "embed_tokens.weight")):
+            parts, tensors[key] = nvfp4(array, 0.0123)
+        stored |= {key.removesuffix(".weight") + ending: part for ending, part in parts.items()}
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    quantised = checkpoints.write("quantised", config | {"quantization_config": settings}, stored)
+    model = checkpoints.same(quantised, checkpoints.write("floats", config, tensors))
+    assert not hasattr(model.module.layers[0].mlp.up_proj, "bits")
+    assert "held as floats" in caplog.text
+    assert "embed_tokens" in caplog.text
+
+
 def test_settings_in_a_file_of_their_own(checkpoints: Any) -> None:
     quantised, floats = checkpoints.pair({}, lambda _, weight: nvfp4(weight, 0.5))
     settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
