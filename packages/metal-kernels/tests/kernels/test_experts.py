@@ -80,6 +80,7 @@ def test_says_why_not():
     assert "CPU" in kernels.expert_kernel("cpu", mx.float32, mx.float32, shape, 1).why
     assert "uint32" in kernels.expert_kernel("cuda", mx.float16, mx.uint32, shape, 1).why
     assert "500 rows" in kernels.expert_kernel("cuda", mx.float16, mx.float16, shape, 500).why
+    assert "1408 x 2048" in kernels.expert_kernel("cuda", mx.float16, mx.float16, (4, 1408, 2048), 32).why
     assert "15 rows" in kernels.expert_kernel("cuda", mx.float16, mx.float16, (4, 15, 64), 1).why
 
 

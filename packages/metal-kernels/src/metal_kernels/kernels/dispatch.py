@@ -26,7 +26,8 @@ _MAX_LATENT_ROW = 768  # elements, of which threadgroup memory holds 16 rows
 _MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
 _MAX_EXPERTS = 1024
 _MAX_EXPERT_ROWS = 64
-_FEW_EXPERT_ROWS = 4
+_FEW_EXPERT_ROWS = 16
+_LARGE_EXPERT = 2**21  # elements of a weight
 _MIN_CHANNELS = 8  # MLX passes smaller arrays as constant memory
 _MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
@@ -385,6 +386,8 @@ def expert_kernel(
         return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 4 and of 8")
     if not 0 < tokens <= _MAX_EXPERT_ROWS:
         return Rejected(f"{tokens} rows; for more than {_MAX_EXPERT_ROWS} matrix units are faster")
+    if tokens > _FEW_EXPERT_ROWS and output * size > _LARGE_EXPERT:
+        return Rejected(f"{tokens} rows of experts of {output} x {size}; MLX's grouped matmul is faster")
     return Accepted(ExpertVariant(rows=2, simdgroups=4, turns=1 if tokens <= _FEW_EXPERT_ROWS else 4))
 
 
@@ -502,5 +505,7 @@ def linear_variant(rows: int, chunks: int, outputs: int, gated: bool) -> LinearV
     tiles = next((tiles for tiles in whole if outputs <= 16 * tiles * _LINEAR_THREADGROUPS), 2 if 2 in whole else 1)
     simdgroups = 16 if tiles == 1 and chunks >= 32 else 8
     turns = -(-chunks // simdgroups)
-    depth = turns if turns <= 4 else next(depth for depth in (4, 3, 2, 1) if turns % depth == 0)
+    # Loads of three tiles at once take registers that lanes need otherwise.
+    depths = (2, 1) if tiles > 2 else (4, 2, 3, 1)
+    depth = next((depth for depth in depths if turns % depth == 0), 1)
     return LinearVariant(tiles, columns, simdgroups, depth)

@@ -127,7 +127,8 @@ def rope_decode(
         return _ROPE_DIRECT(inputs, [(shape, qkv.dtype)], template=template | {"SINKS": False}, **launch)[0]
     partial = (plan.num_ranges, q_heads)
     outputs = [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)]
-    return join_ranges(*_ROPE_SPLIT(inputs, outputs, template=template, **launch), plan, None, qkv.dtype)
+    weighted, stats = _ROPE_SPLIT(inputs, outputs, template=template, **launch)
+    return join_ranges(weighted, stats, plan, None, qkv.dtype)
 
 
 def _template(kv_cache: mx.array, q_heads: int, variant: DecodeVariant, soft_cap: bool) -> dict[str, int | mx.Dtype]:

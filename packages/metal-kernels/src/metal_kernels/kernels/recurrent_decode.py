@@ -45,26 +45,27 @@ def gated_delta_decode(
         "BETA": rows.beta,
         "DECAY": rows.decay,
     }
+    template: dict[str, int | mx.Dtype] = {
+        "T": projected.dtype,
+        "K_HEADS": rows.k_heads,
+        "V_HEADS": rows.v_heads,
+        "K_SIZE": rows.k_size,
+        "V_SIZE": rows.v_size,
+        "TAPS": rows.taps,
+        "PAGE_WORDS": pages.shape[1],
+        "MEMORY_WORD": rows.state_words(projected.dtype)[0],
+        "AFTER": blocks.size // 2,
+        "SIMDGROUPS": variant.simdgroups,
+        "UNROLLED": variant.unrolled,
+    }
+    for name, part in parts.items():
+        template |= {name: part.start, f"{name}_STEP": part.step}
     (out,) = _GATED_DELTA(
         [projected, pages, blocks, conv, gates, norm, constants(eps), order_input(order_token)],
         [((tokens, rows.v_heads * rows.v_size), projected.dtype)],
         threadgroups=(tokens, rows.k_heads),
         threads=variant.simdgroups * 32,
-        template={
-            "T": projected.dtype,
-            "K_HEADS": rows.k_heads,
-            "V_HEADS": rows.v_heads,
-            "K_SIZE": rows.k_size,
-            "V_SIZE": rows.v_size,
-            "TAPS": rows.taps,
-            "PAGE_WORDS": pages.shape[1],
-            "MEMORY_WORD": rows.state_words(projected.dtype)[0],
-            "AFTER": blocks.size // 2,
-            "SIMDGROUPS": variant.simdgroups,
-            "UNROLLED": variant.unrolled,
-        }
-        | {name: part.start for name, part in parts.items()}
-        | {f"{name}_STEP": part.step for name, part in parts.items()},
+        template=template,
     )
     return out, pages
 

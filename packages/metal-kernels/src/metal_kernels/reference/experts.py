@@ -27,7 +27,8 @@ def expert_silu_and_mul(
     tokens, chosen = experts.shape
     pairs = mx.repeat(rows, chosen, axis=0)
     gates, ups = (_multiplied(pairs, weight, experts) for weight in (gate, up))
-    return (nn.silu(gates) * ups).astype(rows.dtype).reshape(tokens, chosen, -1)
+    gated: mx.array = nn.silu(gates) * ups
+    return gated.astype(rows.dtype).reshape(tokens, chosen, -1)
 
 
 def expert_linear(
