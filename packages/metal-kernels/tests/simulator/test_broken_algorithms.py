@@ -618,7 +618,7 @@ def test_algorithm_is_accepted(name: str) -> None:
     np.testing.assert_allclose(out, algorithm.expected, rtol=2e-3, atol=2e-3)
 
 
-QUICK = 3  # edits of each algorithm; a nightly session tries all
+QUICK = 2  # edits of each algorithm; a nightly session tries all
 EDITS = [
     pytest.param(name, edit, marks=[pytest.mark.slow] if number >= QUICK else [], id=f"{name}-{edit}")
     for name, algorithm in ALGORITHMS.items()
