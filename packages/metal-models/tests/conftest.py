@@ -22,6 +22,7 @@ from metal_kv.layout import CacheGroup, CacheLayout
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec
 from metal_models import PagedModel
+from metal_models.multimodal import MultimodalItem, RowEmbeddings, Towers
 from metal_models.registry import build
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -144,6 +145,86 @@ class Server:
         return hidden
 
 
+class ItemServer(Server):
+    """Gives each step what the images, videos and sounds of its requests call for, as an engine would."""
+
+    def __init__(self, model: PagedModel, towers: Towers) -> None:
+        super().__init__(model)
+        self.towers = towers
+        self.encoded: dict[int, mx.array] = {}
+
+    def ask(self, tokens: Sequence[int], items: Sequence[MultimodalItem], **shared: Any) -> Request:
+        """Start a request with items."""
+        request = self.request(tokens, **shared)
+        request.items = items
+        return request
+
+    def step(self, work: Sequence[tuple[Request, int]]) -> mx.array:
+        """Compute a step in which no span of tokens that see each other is cut at its end."""
+        return super().step([(request, self.whole(request, count)) for request, count in work])
+
+    def coordinates(self, request: Any) -> np.ndarray | None:
+        """Return the request's M-RoPE positions, those of generated tokens included."""
+        generated = len(request.logprobs)
+        prompt = np.array(request.tokens[: len(request.tokens) - generated], np.int32)
+        found = self.towers.rope_positions(prompt, request.items)
+        if found is None:
+            return None
+        later = np.arange(len(prompt), len(request.tokens), dtype=np.int32) + found[1]
+        return np.concatenate([found[0], np.broadcast_to(later, (3, generated))], axis=1)
+
+    def embeddings(self, request: Any, count: int) -> tuple[list[int], list[mx.array]]:
+        """Return which of a request's next rows take embeddings, and these."""
+        rows, values = [], []
+        for item in request.items:
+            if id(item) not in self.encoded:
+                self.encoded[id(item)] = self.towers.encode(item)
+            places = item.embed_positions - request.computed
+            wanted = np.flatnonzero((places >= 0) & (places < count))
+            if len(wanted):
+                rows += places[wanted].tolist()
+                values.append(self.encoded[id(item)][mx.array(wanted)])
+        return rows, values
+
+    def spans(self, request: Any, count: int) -> list[tuple[int, int]]:
+        """Return which of a request's next rows see each other."""
+        places = [span for item in request.items for span in self.towers.spans(item)]
+        rows = [(max(0, first - request.computed), min(count, end - request.computed)) for first, end in places]
+        return [(first, end) for first, end in rows if first < end]
+
+    def whole(self, request: Any, count: int) -> int:
+        """Return how many rows to compute so that no span is cut at its end."""
+        for item in request.items:
+            for first, end in self.towers.spans(item):
+                if first < request.computed + count < end:
+                    return end - request.computed
+        return count
+
+    def inputs(self, work: Any) -> dict[str, Any]:
+        rows, values, spans, turns, at = [], [], [], [], 0
+        for request, count in work:
+            own, parts = self.embeddings(request, count)
+            rows += [at + row for row in own]
+            values += parts
+            spans += [(at + first, at + end) for first, end in self.spans(request, count)]
+            turns.append(self.coordinates(request))
+            turns[-1] = None if turns[-1] is None else turns[-1][:, request.computed : request.computed + count]
+            at += count
+        given: dict[str, Any] = {"bidirectional": spans}
+        if rows:
+            given["embeddings"] = RowEmbeddings(np.array(rows, np.int32), mx.concatenate(values))
+        if turns[0] is not None and at > len(work):
+            given["rope_positions"] = mx.array(np.concatenate(turns, axis=1))
+        return given
+
+    def positions(self, work: Any) -> np.ndarray | None:
+        """Return where the rows of a step of one row each are in time, height and width alike."""
+        found = [self.coordinates(request) for request, _ in work]
+        if found[0] is None or any(count > 1 for _, count in work):
+            return None
+        return np.array([own[0, r.computed] for own, (r, _) in zip(found, work, strict=True)], np.int32)
+
+
 def _groups(specs: dict[str, KVCacheSpec]) -> list[CacheGroup]:
     """Put layers of one kind into one group, or all layers where pages of different bytes cannot share slabs."""
     by_kind: dict[Any, dict[str, KVCacheSpec]] = {}
@@ -187,6 +268,7 @@ def prompts(vocab_size: int, lengths: Sequence[int] = (3, 13, 22)) -> list[list[
 def lab() -> SimpleNamespace:
     """What tests of generation share: test modules cannot import this file."""
     return SimpleNamespace(
+        ItemServer=ItemServer,
         Server=Server,
         block_size=BLOCK_SIZE,
         mlx_lm_tokens=mlx_lm_tokens,

@@ -13,7 +13,8 @@ import pytest
 
 from metal_models import load
 from metal_models.checkpoint import read_config
-from metal_models.multimodal import MultimodalItem, RowEmbeddings, has_towers, load_towers
+from metal_models.multimodal import MultimodalItem, has_towers, load_towers
+from metal_models.multimodal.mlx_vlm_models import build as build_vlm
 
 pytest.importorskip("mlx_vlm")
 torch = pytest.importorskip("torch")
@@ -289,99 +290,8 @@ def reference_inputs(case: Case, tokens: Sequence[int], items: Sequence[Multimod
     return inputs
 
 
-class Engine:
-    """What an engine adds to the steps of requests with items.
-
-    Args:
-        family: Their model.
-    """
-
-    def __init__(self, family: Family) -> None:
-        self.family = family
-        self.encoded: dict[int, mx.array] = {}
-
-    def coordinates(self, request: Any) -> np.ndarray | None:
-        """Return the request's M-RoPE positions, those of generated tokens included."""
-        generated = len(request.logprobs)
-        prompt = np.array(request.tokens[: len(request.tokens) - generated], np.int32)
-        found = self.family.towers.rope_positions(prompt, request.items)
-        if found is None:
-            return None
-        later = np.arange(len(prompt), len(request.tokens), dtype=np.int32) + found[1]
-        return np.concatenate([found[0], np.broadcast_to(later, (3, generated))], axis=1)
-
-    def embeddings(self, request: Any, count: int) -> tuple[list[int], list[mx.array]]:
-        """Return which of a request's next rows take embeddings, and these."""
-        rows, values = [], []
-        for item in request.items:
-            if id(item) not in self.encoded:
-                self.encoded[id(item)] = self.family.towers.encode(item)
-            places = item.embed_positions - request.computed
-            wanted = np.flatnonzero((places >= 0) & (places < count))
-            if len(wanted):
-                rows += places[wanted].tolist()
-                values.append(self.encoded[id(item)][mx.array(wanted)])
-        return rows, values
-
-    def spans(self, request: Any, count: int) -> list[tuple[int, int]]:
-        """Return which of a request's next rows see each other."""
-        places = [span for item in request.items for span in self.family.towers.spans(item)]
-        rows = [(max(0, first - request.computed), min(count, end - request.computed)) for first, end in places]
-        return [(first, end) for first, end in rows if first < end]
-
-    def whole(self, request: Any, count: int) -> int:
-        """Return how many rows to compute so that no span is cut at its end."""
-        for item in request.items:
-            for first, end in self.family.towers.spans(item):
-                if first < request.computed + count < end:
-                    return end - request.computed
-        return count
-
-    def inputs(self, work: Any) -> dict[str, Any]:
-        rows, values, spans, turns, at = [], [], [], [], 0
-        for request, count in work:
-            own, parts = self.embeddings(request, count)
-            rows += [at + row for row in own]
-            values += parts
-            spans += [(at + first, at + end) for first, end in self.spans(request, count)]
-            turns.append(self.coordinates(request))
-            turns[-1] = None if turns[-1] is None else turns[-1][:, request.computed : request.computed + count]
-            at += count
-        given: dict[str, Any] = {"bidirectional": spans}
-        if rows:
-            given["embeddings"] = RowEmbeddings(np.array(rows, np.int32), mx.concatenate(values))
-        if turns[0] is not None and at > len(work):
-            given["rope_positions"] = mx.array(np.concatenate(turns, axis=1))
-        return given
-
-    def positions(self, work: Any) -> np.ndarray | None:
-        """Return where the rows of a step of one row each are in time, height and width alike."""
-        found = [self.coordinates(request) for request, _ in work]
-        if found[0] is None or any(count > 1 for _, count in work):
-            return None
-        return np.array([own[0, r.computed] for own, (r, _) in zip(found, work, strict=True)], np.int32)
-
-
 def serving(lab: SimpleNamespace, family: Family) -> Any:
-    """Return a server that gives each step what the items of its requests call for."""
-    engine = Engine(family)
-
-    class MultimodalServer(lab.Server):
-        def positions(self, work: Any) -> np.ndarray | None:
-            return engine.positions(work)
-
-        def inputs(self, work: Any) -> dict[str, Any]:
-            return engine.inputs(work)
-
-        def step(self, work: Any) -> mx.array:
-            return super().step([(request, engine.whole(request, count)) for request, count in work])
-
-        def ask(self, prompt: Prompt, **shared: Any) -> Any:
-            request = self.request(prompt.tokens, **shared)
-            request.items = prompt.items
-            return request
-
-    return MultimodalServer(family.model)
+    return lab.ItemServer(family.model, family.towers)
 
 
 def check(family: Family, requests: Sequence[Any], prompts: Sequence[Prompt]) -> None:
@@ -406,7 +316,7 @@ def test_inputs_at_any_place_beside_text(name: str, family_of: Callable[[str], F
     if family.case.audio is not None:
         prompts.append(prompt(text(3), family.case.audio(), text(4), image(4, 4), family.case.audio(), text(2)))
     server = serving(lab, family)
-    requests = [server.ask(prompt) for prompt in prompts]
+    requests = [server.ask(prompt.tokens, prompt.items) for prompt in prompts]
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=5)
     check(family, requests, prompts)
 
@@ -421,9 +331,31 @@ def test_a_prefix_that_ends_within_an_image_is_shared(
     shared = -(-6 // block_size) * block_size
     first = prompt(text(shared - 5), family.case.image(8, 4), text(4))
     second = Prompt(first.tokens[:-2] + text(5).tokens, first.items)
-    requests = [server.ask(first)]
+    requests = [server.ask(first.tokens, first.items)]
     server.step([(requests[0], shared)])
     server.step([(requests[0], len(first.tokens) - requests[0].computed)])
-    requests.append(server.ask(second, shares=requests[0], shared_tokens=shared))
+    requests.append(server.ask(second.tokens, second.items, shares=requests[0], shared_tokens=shared))
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
     check(family, requests, [first, second])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_mlx_vlms_own_model_generates_the_same(
+    name: str, family_of: Callable[[str], Family], lab: SimpleNamespace
+) -> None:
+    family = family_of(name)
+    config = read_config(family.path)
+    config["vision_config"]["model_type"] = name
+    config["text_config"]["rope_scaling"] = {"type": "default", **config["text_config"]["rope_parameters"]}
+    whole = build_vlm(name, config)
+    weights: Any = mx.load(str(family.path / "model.safetensors"))
+    whole.module.load_weights(list(whole.sanitize(weights).items()))
+    asked = prompt(text(3), Piece([START]), family.case.image(4, 6), Piece([END]), text(4))
+    server = serving(lab, family)
+    request = server.ask(asked.tokens, asked.items)
+    lab.serve_mixed(server, [request], NEW_TOKENS, chunk=4)
+    pixels, grid = (mx.array(asked.items[0].data[key]) for key in ("pixel_values", "image_grid_thw"))
+    for step, logprobs in enumerate(request.logprobs):
+        ids = mx.array([request.tokens[: len(asked.tokens) + step]])
+        logits = whole.module(ids, pixels, image_grid_thw=grid[None]).logits[0, -1]
+        np.testing.assert_allclose(np.array(logits - mx.logsumexp(logits)), logprobs, rtol=1e-3, atol=1e-3)
