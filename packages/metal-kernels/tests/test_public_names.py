@@ -9,6 +9,7 @@ import metal_kernels
 
 def test_exported_names():
     assert sorted(metal_kernels.__all__) == [
+        "CPU_BLAS",
         "DecodePlan",
         "DecodeSizes",
         "ElementFormat",

@@ -1,5 +1,7 @@
 """Projected rows of requests that have one row each, on their way through attention."""
 
+from typing import Any
+
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
@@ -49,7 +51,7 @@ def rope_and_attend(
         kind = (target(), qkv.dtype, kv_cache.dtype, head_size, block_size, group, cos_sin.shape[1], traditional)
         decode = kernels.rope_decode_kernel(*kind)
         if isinstance(decode, kernels.Accepted):
-            norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
+            norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps}
             rows, turns = mx.contiguous(qkv), mx.contiguous(cos_sin.astype(mx.float32))
             out = kernels.rope_decode(rows, turns, kv_cache, slot_mapping, plan, decode.variant, scale=scale, **norms)
             return out, kv_cache

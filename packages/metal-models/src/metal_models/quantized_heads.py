@@ -41,7 +41,7 @@ class _Embedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         logits = _few_rows(self, x)
-        return super().as_linear(x) if logits is None else logits
+        return nn.QuantizedEmbedding.as_linear(self, x) if logits is None else logits
 
 
 class _Linear(nn.QuantizedLinear):
@@ -50,7 +50,7 @@ class _Linear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         logits = _few_rows(self, x)
-        return super().__call__(x) if logits is None else logits
+        return nn.QuantizedLinear.__call__(self, x) if logits is None else logits
 
 
 _HEADS: dict[type, Any] = {nn.QuantizedEmbedding: _Embedding, nn.QuantizedLinear: _Linear}

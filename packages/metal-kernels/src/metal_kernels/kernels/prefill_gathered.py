@@ -42,7 +42,8 @@ def prefill_gathered(
         else:
             block_ids = table[request * width : request * width - (-seq_len // block_size)]
             halves = gather_halves(kv_cache, block_ids, order_token).reshape(2, 1, -1, kv_heads, head_size)
-            seen = tuple(half.squeeze(0)[:, :seq_len] for half in mx.split(halves, 2))  # an index would copy
+            both = mx.split(halves, 2)  # an index would copy
+            seen = both[0].squeeze(0)[:, :seq_len], both[1].squeeze(0)[:, :seq_len]
         rows, keys, values = (array.swapaxes(1, 2) for array in (query[start:end][None], *seen))
         out = mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale, mask="causal", sinks=sinks)
         outputs.append(out.squeeze(0).swapaxes(0, 1))

@@ -56,6 +56,8 @@ def paged_attention(
         outputs.append(paged_decode(query, kv_cache, plan, decode.variant, **options))
     if split.others is not None:
         rows = query[split.other_rows]
-        own = {} if key is None or value is None else {"key": key[split.other_rows], "value": value[split.other_rows]}
+        own: dict[str, Any] = {}
+        if key is not None and value is not None:
+            own = {"key": key[split.other_rows], "value": value[split.other_rows]}
         outputs.append(prefill(rows, kv_cache, split.others, sliding_window=sliding_window, **options, **own))
     return split.join(outputs)

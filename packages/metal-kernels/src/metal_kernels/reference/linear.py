@@ -19,11 +19,18 @@ def fused_linear(
     """Apply a linear layer; see :func:`metal_kernels.fused_linear`."""
     if norm is not None:
         rows = mx.fast.rms_norm(rows, norm, eps)
-    if weights.bits is None:
+    if weights.bits is None or weights.scales is None:
         out = rows @ weights.weight.T
     else:
-        packed = weights.weight, weights.scales, weights.biases
-        out = mx.quantized_matmul(rows, *packed, transpose=True, group_size=weights.group_size, bits=weights.bits)
+        out = mx.quantized_matmul(
+            rows,
+            weights.weight,
+            weights.scales,
+            weights.biases,
+            transpose=True,
+            group_size=weights.group_size,
+            bits=weights.bits,
+        )
     if weights.bias is not None:
         out = out + weights.bias
     if gated:
