@@ -296,6 +296,18 @@ def test_encoders_are_planned_for(engine: Callable[..., LLM]) -> None:
     assert whole.cache_bytes == scaled.cache_bytes == 36 * 64 * 4
     assert whole.run_bytes >= 36 * 4 * 1176 * 4
     assert scaled.run_bytes >= whole.run_bytes // 2
+    encode, calls = worker.towers.encode, []
+
+    def too_large_at_first(item: Any) -> Any:
+        calls.append(item)
+        if len(calls) == 1:
+            raise RuntimeError("[metal::malloc] Attempting to allocate too much")
+        return encode(item)
+
+    worker.towers.encode = too_large_at_first
+    rest = measure_encoder(worker.towers, llm.llm_engine.vllm_config, on_cpu=False)
+    assert rest.run_bytes > 0
+    assert rest.cache_bytes == whole.cache_bytes
 
 
 @pytest.mark.parametrize(

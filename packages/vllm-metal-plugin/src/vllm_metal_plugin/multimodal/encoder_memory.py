@@ -1,5 +1,6 @@
 """How many bytes the encoders of a model need for the largest input that vLLM may send them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 logger = metal_logger(__name__)
 
-PROFILE_IMAGE_SIDE_ON_CPU = 448
-"""A CPU takes minutes for the largest image; a smaller one is measured and scaled up."""
+SMALL_IMAGE_SIDE = 448
+"""Of the image that is measured, and scaled up, where the largest one takes minutes or more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class EncoderMemory:
 def measure_encoder(towers: Towers, vllm_config: "VllmConfig", *, on_cpu: bool) -> EncoderMemory:
     """Encode the largest input that the limits allow and return what that needed, and what the outputs may need.
 
-    ``--skip-mm-profiling`` leaves the run out of the plan.
+    ``--skip-mm-profiling`` leaves the run out of the plan. Where the largest input cannot be encoded, what a small one
+    needs is planned with.
 
     Args:
         towers: The model's.
         vllm_config: Says what processors and limits there are.
-        on_cpu: Whether to measure a small image and scale up.
+        on_cpu: Whether to encode a small image and scale up.
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
@@ -53,23 +55,51 @@ def measure_encoder(towers: Towers, vllm_config: "VllmConfig", *, on_cpu: bool) 
     largest = {name: tokens for name, tokens in budget.mm_max_toks_per_item.items() if name in towers.modalities}
     if not largest:
         return EncoderMemory(0, 0)
-    modality = max(largest, key=lambda name: largest[name])
-    small = on_cpu and "image" in largest
-    item = _dummy_item(budget.processor, vllm_config, "image" if small else modality, small=small)
-    run_bytes, row_bytes = _encode(towers, item)
-    scale = max(1.0, largest[modality] / max(1, item.num_embeds)) if small else 1.0
     skipped = vllm_config.model_config.get_multimodal_config().skip_mm_profiling
-    memory = EncoderMemory(0 if skipped else int(run_bytes * scale), budget.encoder_cache_size * row_bytes)
+    run_bytes, row_bytes = _measure(towers, budget.processor, vllm_config, largest, small=on_cpu or skipped)
+    memory = EncoderMemory(0 if skipped else run_bytes, budget.encoder_cache_size * row_bytes)
     logger.info(
         "Encoders for %s: %.2f GB of weights, %.2f GB for an input of %d tokens, %.2f GB for %d cached ones",
         ", ".join(sorted(largest)),
         towers.nbytes / 1e9,
         memory.run_bytes / 1e9,
-        largest[modality],
+        max(largest.values()),
         memory.cache_bytes / 1e9,
         budget.encoder_cache_size,
     )
     return memory
+
+
+def _measure(
+    towers: Towers, processor: Any, vllm_config: "VllmConfig", largest: Mapping[str, int], *, small: bool
+) -> tuple[int, int]:
+    """Return the peak of encoding the largest input, or that of a small image scaled up, and the bytes of a token.
+
+    Args:
+        towers: The model's.
+        processor: vLLM's.
+        vllm_config: Says what limits there are.
+        largest: Tokens of the largest input of each kind.
+        small: Whether a small image will do.
+    """
+    modality = max(largest, key=lambda name: largest[name])
+    if small and "image" in largest:
+        item = _dummy_item(processor, vllm_config, "image", small=True)
+        run_bytes, row_bytes = _encode(towers, item)
+        return int(run_bytes * max(1.0, largest[modality] / max(1, item.num_embeds))), row_bytes
+    try:
+        return _encode(towers, _dummy_item(processor, vllm_config, modality, small=False))
+    except RuntimeError as error:
+        if "image" not in largest:
+            raise
+        logger.warning(
+            "The largest %s, of %d tokens, cannot be encoded here (%s): requests with one will end with an error. "
+            "Smaller limits (--mm-processor-kwargs, --limit-mm-per-prompt) refuse or shrink it.",
+            modality,
+            largest[modality],
+            error,
+        )
+        return _measure(towers, processor, vllm_config, {"image": 0}, small=True)
 
 
 def _dummy_item(processor: Any, vllm_config: "VllmConfig", modality: str, *, small: bool) -> MultimodalItem:
@@ -80,7 +110,7 @@ def _dummy_item(processor: Any, vllm_config: "VllmConfig", modality: str, *, sma
     model = vllm_config.model_config
     options = dict(model.get_multimodal_config().limit_per_prompt)
     if small:
-        side = PROFILE_IMAGE_SIDE_ON_CPU
+        side = SMALL_IMAGE_SIDE
         options[modality] = ImageDummyOptions(count=1, width=side, height=side)
     inputs = processor.get_dummy_inputs(seq_len=model.max_model_len, mm_counts={modality: 1}, mm_options=options)
     made = processor.apply(inputs, timing_ctx=TimingContext(enabled=False))
