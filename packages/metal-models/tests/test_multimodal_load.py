@@ -62,7 +62,11 @@ def test_verdicts() -> None:
 
 @pytest.mark.parametrize(
     ("config", "reason"),
-    [({"model_type": "llama"}, "no encoder for 'llama'"), ({"model_type": "gemma3"}, "describes no encoder")],
+    [
+        ({"model_type": "llama"}, "no encoder for 'llama'"),
+        ({"model_type": "gemma3"}, "no encoder that is known"),
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "no encoder that is known"),
+    ],
 )
 def test_reasons(config: dict[str, Any], reason: str) -> None:
     verdict = has_towers(config)

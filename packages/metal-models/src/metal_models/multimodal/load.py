@@ -58,7 +58,7 @@ def has_towers(config: dict[str, Any]) -> TowerVerdict:
         return TowerVerdict(frozenset(), f"there is no encoder for {config.get('model_type')!r}")
     modalities = family.modalities_of(config)
     if not modalities:
-        return TowerVerdict(frozenset(), "its config.json describes no encoder")
+        return TowerVerdict(frozenset(), "its config.json describes no encoder that is known")
     if not installed():
         return TowerVerdict(frozenset(), "mlx-vlm is not installed (metal-models[multimodal])")
     return TowerVerdict(modalities, whole_items=bool(family.bidirectional_of(config)))

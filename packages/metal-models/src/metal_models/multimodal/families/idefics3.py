@@ -16,6 +16,7 @@ class Family(llava.Family):
 
     package = "idefics3"
     part_names = ("vision_model", "connector")
+    vision_types = frozenset({"idefics3", "idefics3_vision", "siglip_vision_model", "smolvlm_vision"})
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Family(llava.Family):
     """
 
     package = "internvl"
+    vision_types = frozenset({"internvl_vision"})
 
     def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
         super().__init__(parts, config)

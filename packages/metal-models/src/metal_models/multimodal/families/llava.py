@@ -1,6 +1,6 @@
-"""LLaVA: one size of images, seen by CLIP or SigLIP."""
+"""LLaVA: one size of images, seen by CLIP."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -14,6 +14,7 @@ class Family(Towers):
 
     package = "llava"
     part_names = ("vision_tower", "multi_modal_projector")
+    vision_types: ClassVar[frozenset[str]] = frozenset({"clip_vision_model"})
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +29,9 @@ class Family(Towers):
 
     @classmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
-        """Return images."""
-        return frozenset({"image"}) if config.get("vision_config") else frozenset()
+        """Return images, where the tower is of a kind that mlx-vlm has in this family."""
+        kind = (config.get("vision_config") or {}).get("model_type")
+        return frozenset({"image"}) if kind in cls.vision_types else frozenset()
 
     def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
         """Return one row for each patch, from the layers that the config selects."""

@@ -16,6 +16,7 @@ class Family(llava.Family):
     """Mistral 3's vision tower and projector."""
 
     package = "mistral3"
+    vision_types = frozenset({"pixtral"})
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
