@@ -25,7 +25,7 @@ class Towers(ABC):
     """The encoders of one model, with what maps their output into its embedding space.
 
     Args:
-        parts: mlx-vlm's modules by the names that ``parts`` gives; weights are loaded.
+        parts: mlx-vlm's modules, loaded, by the names in ``part_names``.
         config: As in the model's ``config.json``.
 
     Attributes:
