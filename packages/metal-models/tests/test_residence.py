@@ -102,7 +102,6 @@ CASES = [
     ("plain", "float32", 0),
     ("fp8", "bfloat16", 0),
     ("gptq", "float16", 0),
-    ("affine", "bfloat16", 0),
     ("affine", "float32", 1 << 40),
 ]
 

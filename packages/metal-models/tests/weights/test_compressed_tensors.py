@@ -56,8 +56,10 @@ def packed(weight: np.ndarray, bits: int, group: int, symmetric: bool = True) ->
     return parts, values
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 64), (3, 64), (2, 32), (6, 128)])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"),
+    [(4, 32, True), (4, 128, False), (8, 64, True), (8, 64, False), (3, 64, False), (2, 32, True), (6, 128, True)],
+)
 def test_packed_integers(checkpoints: Any, bits: int, group: int, symmetric: bool) -> None:
     method = settings("pack-quantized", num_bits=bits, strategy="group", group_size=group, symmetric=symmetric)
     paths = checkpoints.pair(method, lambda _, weight: packed(weight, bits, group, symmetric))

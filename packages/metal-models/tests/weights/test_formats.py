@@ -55,6 +55,26 @@ def test_other_spellings(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "module", "left_out"),
+    [
+        ({}, "lm_head", True),
+        ({"lm_head": True}, "lm_head", False),
+        ({}, "model.layers.1.mlp.up_proj", False),
+        ({"ignore": ["model.layers.1.mlp.up_proj"]}, "model.layers.1.mlp.up_proj", True),
+        ({"modules_to_not_convert": ["model.layers.1"]}, "model.layers.1.mlp.up_proj", True),
+        ({"modules_to_not_convert": ["model.layers.1"]}, "model.layers.11.mlp.up_proj", False),
+        ({"modules_to_not_convert": ["gate"]}, "model.layers.1.mlp.gate", True),
+        ({"modules_to_not_convert": ["gate"]}, "model.layers.1.mlp.gate_proj", False),
+        ({"ignore": ["re:.*experts.*"]}, "model.layers.1.mlp.switch_mlp.up_proj", True),
+    ],
+)
+def test_modules_that_settings_leave_out(settings: dict[str, Any], module: str, left_out: bool) -> None:
+    found = format_of({"quantization_config": {"quant_method": "gptq"} | settings})
+    assert found is not None
+    assert found.leaves_out(module) == left_out
+
+
+@pytest.mark.parametrize(
     ("config", "dtype"),
     [
         ({}, mx.bfloat16),

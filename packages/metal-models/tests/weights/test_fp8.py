@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from metal_models import CheckpointError, MetalModelsError, load
+from metal_models.weights.fp8 import scale_values
 
 METHOD = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 BLOCKS = METHOD | {"weight_block_size": [64, 64]}
@@ -73,6 +74,11 @@ def test_scales_that_are_exponents(checkpoints: Any) -> None:
         return parts | {".weight_scale_inv": mx.array(bits)}, values
 
     assert is_quantised(checkpoints.same(*checkpoints.pair(BLOCKS, exponents)).module.layers[0].mlp.up_proj)
+
+
+def test_exponents_are_exact() -> None:
+    found = np.array(scale_values(mx.arange(255).astype(mx.uint8)), np.float64)
+    np.testing.assert_array_equal(found, 2.0 ** np.arange(-127, 128))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

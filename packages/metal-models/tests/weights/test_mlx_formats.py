@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model, quantize_model
 from metal_models import PagedModel, load
 
 CONFIG = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
-AFFINE = [("affine", group_size, bits) for group_size in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)]
-MODES = [*AFFINE, ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+AFFINE = [("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)]
+MODES = [*AFFINE, ("affine", 32, 4), ("affine", 128, 4), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 
 
 def write(directory: Path, model: PagedModel, *, predicate: Any = None, **settings: Any) -> Path:

@@ -52,7 +52,9 @@ class CheckpointFormat:
         names = [*(self.settings.get("ignore") or ()), *(self.settings.get("modules_to_not_convert") or ())]
         named = module.replace(".switch_mlp.", ".experts.0.")
         return any(
-            re.match(name.removeprefix("re:"), named) is not None if name.startswith("re:") else name in named
+            re.match(name.removeprefix("re:"), named) is not None
+            if name.startswith("re:")
+            else f".{name}." in f".{named}."
             for name in names
         )
 

@@ -10,7 +10,8 @@ from metal_models.weights.parts import Format, MLXForm, Parts
 from metal_models.weights.stored import Float8Weight
 
 _SCALES = ("_scale_inv", "_scale")
-_E8M0_BIAS = 127
+_MANTISSA_BITS = 23  # of a float32, whose exponents are E8M0 numbers but for the least, which is a subnormal number
+_LEAST = 1 << (_MANTISSA_BITS - 1)
 
 
 def _check(settings: Mapping[str, Any]) -> None:
@@ -57,7 +58,8 @@ def scale_values(stored: mx.array) -> mx.array:
     """Return scales as float32; bytes are E8M0 numbers."""
     if stored.dtype != mx.uint8:
         return stored.astype(mx.float32)
-    return mx.power(2.0, stored.astype(mx.float32) - _E8M0_BIAS)
+    exponents = stored.astype(mx.uint32)
+    return mx.where(exponents == 0, mx.array(_LEAST, mx.uint32), exponents << _MANTISSA_BITS).view(mx.float32)
 
 
 def _unsqueezed(factors: mx.array, values: mx.array) -> mx.array:
