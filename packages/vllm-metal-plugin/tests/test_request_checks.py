@@ -49,13 +49,18 @@ def test_refuses_tokens_outside_the_vocabulary(token_ids: list[int]) -> None:
     "inputs",
     [
         {"type": "embeds", "prompt_embeds": torch.zeros(2, 4)},
-        {"type": "multimodal", "prompt_token_ids": [1], "mm_kwargs": {}},
         {"type": "enc_dec"},
     ],
 )
 def test_refuses_prompts_that_are_no_tokens(inputs: dict[str, object]) -> None:
     with pytest.raises(UnsupportedRequestError, match=str(inputs["type"])):
         check_request(inputs, SamplingParams())
+
+
+def test_takes_prompts_with_images_within_the_vocabulary() -> None:
+    check_request({"type": "multimodal", "prompt_token_ids": [1, 9], "mm_kwargs": {}}, SamplingParams(), 10)
+    with pytest.raises(UnsupportedRequestError, match="from 0 to 8"):
+        check_request({"type": "multimodal", "prompt_token_ids": [1, 9], "mm_kwargs": {}}, SamplingParams(), 9)
 
 
 def test_salt_travels_with_the_parameters_and_does_not_stay() -> None:
