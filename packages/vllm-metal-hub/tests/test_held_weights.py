@@ -73,6 +73,15 @@ def test_what_is_planned_is_what_is_loaded(tmp_path: Path, store: Any, settings:
     assert held_bytes(tmp_path, config, 0, dtype=mx.float32, expand_to_bytes=1 << 30) == expanded
 
 
+def test_files_that_are_not_all_here(tmp_path: Path) -> None:
+    config = write(tmp_path, *FORMATS[0])
+    whole = held_bytes(tmp_path, config, 0, dtype=mx.bfloat16)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert held_bytes(tmp_path, config, 0, dtype=mx.bfloat16) == pytest.approx(whole, rel=0.02)
+    assert held_bytes(tmp_path, CONFIG, 1000, dtype=mx.bfloat16) == 1000
+
+
 def test_a_plan_for_a_mac(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, *FORMATS[0])
     assert main(["plan", str(tmp_path), "--memory", "16GB", "--json"]) == 0

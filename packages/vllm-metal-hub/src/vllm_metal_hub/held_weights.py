@@ -1,5 +1,6 @@
 """How much memory weights take once they are loaded, which is not always what their files do."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def held_bytes(
     Raises:
         HubError: The model cannot be loaded.
     """
-    from metal_models import MetalModelsError
+    from metal_models import CheckpointError, MetalModelsError
     from metal_models.capacity import converted_weight_bytes
     from metal_models.encoders import is_encoder
     from metal_models.loader import weight_bytes
@@ -37,7 +38,8 @@ def held_bytes(
         return stored_bytes
     try:
         if any(directory.glob("model*.safetensors")) and not has_towers(config):
-            return weight_bytes(directory, dtype=dtype, expand_to_bytes=expand_to_bytes)
+            with suppress(CheckpointError):  # not all files are here yet
+                return weight_bytes(directory, dtype=dtype, expand_to_bytes=expand_to_bytes)
         converted = converted_weight_bytes(config, dtype=dtype)
     except MetalModelsError as error:
         raise HubError(str(error)) from error
