@@ -88,3 +88,8 @@ def test_requests_that_start_with_one_token(tiny, name):
 
 def test_other_families_have_no_program(tiny):
     assert mixed_program(tiny("mamba2").module) is None
+
+
+def test_kernels_that_are_switched_off_leave_no_program(tiny):
+    assert mixed_program(tiny("qwen3_next").module, gdn_kernel=False) is None
+    assert mixed_program(tiny("deepseek_v3").module, mla_kernel=False) is None
