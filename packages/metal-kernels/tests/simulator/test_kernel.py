@@ -139,6 +139,11 @@ LEGAL = {
         "out[i] = any(big) && all(!(big && bool4(two.y))) ? float4(big).w + two.x : 0;",
         np.where(X > 3, 2, 0),
     ),
+    "vector_of_bool_in_a_union": (
+        "Bits u; u.b = {true, false, true, false}; u.b[1] = true; out[i] = u.i == 0x00010101u;",
+        np.ones(64),
+        "union Bits { bool4 b; uint i; };\n",
+    ),
     "scalars_among_vectors": (
         "float4 v = clamp(max(float4(x[i]), 3.0f), 0.0f, 5.0f); v = select(v, float4(0), v > 4.5f); "
         "out[i] = v.y + min(2, int2(7)).x + mix(float2(0), float2(1), 0.5f).x;",

@@ -30,8 +30,10 @@ template <> struct msl_bool_lanes<2> { bool x, y; };
 template <> struct msl_bool_lanes<3> { bool x, y, z; };
 template <> struct msl_bool_lanes<4> { bool x, y, z, w; };
 template <int N> struct msl_bools : msl_bool_lanes<N> {
-  MSL_FN msl_bools() {}
+  msl_bools() = default;
   MSL_FN msl_bools(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; }
+  template <class... R, enable_if_t<sizeof...(R) == N - 2, bool> = true>
+  MSL_FN msl_bools(bool a, bool b, R... rest) : msl_bool_lanes<N>{a, b, (bool)rest...} {}
   template <class E> MSL_FN msl_bools(vec<E, N> v) { for (int i = 0; i < N; i++) (*this)[i] = v[i] != (E)0; }
   MSL_FN bool& operator[](int i) { return (&this->x)[i]; }
   MSL_FN bool operator[](int i) const { return (&this->x)[i]; }
@@ -154,7 +156,7 @@ template <class T> struct msl_packed_lanes<T, 3> { T x, y, z; };
 template <class T> struct msl_packed_lanes<T, 4> { T x, y, z, w; };
 template <class T, int N> struct msl_packed : msl_packed_lanes<T, N> {
   typedef vec<T, N> V;
-  MSL_FN msl_packed() {}
+  msl_packed() = default;
   MSL_FN msl_packed(V v) { for (int i = 0; i < N; i++) (&this->x)[i] = v[i]; }
   template <class... R> MSL_FN msl_packed(T a, T b, R... rest) : msl_packed_lanes<T, N>{a, b, (T)rest...} {
     static_assert(sizeof...(R) == N - 2, "wrong number of components in vector constructor");
