@@ -59,7 +59,9 @@ def tests(session: nox.Session, dist: str) -> None:
     apt_install(session, "g++", "g++")
     install(session, dist, "test", "demo", extras=TEST_EXTRAS.get(dist))
     check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
-    command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", *session.posargs]
+    # Files are spread over two processes: fixtures are made once in a file.
+    command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", "-n", "2", "--dist", "loadfile"]
+    command += session.posargs
     session.run(*command, env=TEST_ENV)
 
 

@@ -46,7 +46,9 @@ def step_of(model, pool):
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [*((name, None) for name in FAMILIES), ("qwen3_next", 4), ("lfm2", 4), ("deepseek_v3", 4)], ids=str
+    ("name", "bits"),
+    [*((name, None) for name in FAMILIES), ("qwen3_next", 4), ("lfm2", 4), ("deepseek_v3", 4)],
+    ids=str,
 )
 def test_gives_the_tokens_of_the_plain_path(tiny, name, bits):
     model = tiny(name, bits=bits)
