@@ -121,4 +121,6 @@ def e2e(session: nox.Session) -> None:
     """Drive the real server with real clients, real (small) weights, on MLX's CPU backend."""
     apt_install(session, "g++", "g++")
     install(session, "vllm-metal-hub", "test", "demo", extras=TEST_EXTRAS["vllm-metal-plugin"])
-    session.run("pytest", "tests/e2e", "-q", "-m", "not slow", *session.posargs, env=TEST_ENV)
+    # A server's start keeps one core busy.
+    command = ["pytest", "tests/e2e", "-q", "-m", "not slow", "-n", "2", "--dist", "loadfile"]
+    session.run(*command, *session.posargs, env=TEST_ENV)

@@ -1,6 +1,8 @@
 """Which process of this machine holds the other end of a loopback connection."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 
 
@@ -11,14 +13,16 @@ def process_of_port(port: int) -> int | None:
     if inode is None:
         return None
     wanted = f"socket:[{inode}]"
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            folder = f"/proc/{pid}/fd"
-            if any(os.readlink(f"{folder}/{number}") == wanted for number in os.listdir(folder)):
-                return int(pid)
-        except OSError:
-            continue
-    return None
+    return next((int(pid) for pid in filter(str.isdigit, os.listdir("/proc")) if wanted in _open_files(pid)), None)
+
+
+def _open_files(pid: str) -> Iterator[str]:
+    """What a process has open; a file that it closes meanwhile is passed over."""
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):
+        for number in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"{folder}/{number}")
 
 
 def command_of(pid: int | None) -> str:
