@@ -16,6 +16,7 @@ from metal_models.encoders.names import Tensors
 from metal_models.encoders.ragged import MAX_SCORES, RaggedSequences
 from metal_models.errors import CheckpointError
 from metal_models.lora import LoraLayers
+from metal_models.stored_quantization import quantize_as_stored
 
 # Files of heads beside the weights of BGE-M3, and what their tensors are called here.
 _HEAD_FILES = {"sparse_linear.pt": "sparse_linear.", "colbert_linear.pt": "colbert_linear."}
@@ -100,7 +101,7 @@ def load_encoder(path: str | Path, *, dtype: mx.Dtype | None = None) -> EncoderM
     quantization = config.get("quantization")
     if quantization:
         heads = _dequantized(heads, quantization)
-        _quantize(module, quantization, tensors)
+        quantize_as_stored(module, tensors, quantization)
     try:
         module.load_weights(list(tensors.items()), strict=True)
     except ValueError as error:
@@ -129,24 +130,6 @@ def _read_weights(path: Path) -> Tensors:
             part = torch_files.read_tensors(path / name)
             tensors.update({f"{prefix}{key}": array for key, array in part.items()})
     return tensors
-
-
-def _quantize(module: nn.Module, quantization: dict[str, Any], tensors: Tensors) -> None:
-    """Make quantised layers of those that the checkpoint has scales for."""
-
-    def settings(name: str, layer: nn.Module) -> bool | dict[str, Any]:
-        if f"{name}.scales" not in tensors or not hasattr(layer, "to_quantized"):
-            return False
-        own = quantization.get(name)
-        return own if isinstance(own, dict) else True
-
-    nn.quantize(
-        module,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=settings,
-    )
 
 
 def _dequantized(heads: Tensors, quantization: dict[str, Any]) -> Tensors:

@@ -1,5 +1,7 @@
 """Attention of a whole step over quantised rows: one-row requests in the decode kernel, the others dequantised."""
 
+from typing import Any
+
 import mlx.core as mx
 from jaxtyping import Float, UInt32
 
@@ -43,6 +45,7 @@ def quantized_paged_attention(
     if batch.num_tokens == 0:
         return query
     split = split_step(batch, isinstance(decode, Accepted))
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
     outputs = []
     if isinstance(decode, Accepted) and split.singles.size:
         per_range = row_format.num_kv_heads * decode.variant.parts * decode.variant.simdgroups
@@ -50,29 +53,13 @@ def quantized_paged_attention(
             ("decode plan", sliding_window, per_range),
             lambda: plan_decode(batch, split.singles, sliding_window, per_range),
         )
-        out = quantized_decode(
-            query,
-            kv_cache,
-            plan,
-            decode.variant,
-            row_format,
-            scale=scale,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            order_token=order_token,
-        )
+        out = quantized_decode(query, kv_cache, plan, decode.variant, row_format, order_token=order_token, **options)
         outputs.append(out)
     if split.others is not None:
         words, own = own_pages(kv_cache.view(mx.float32), split.others, order_token)
+        rows, pages = query[split.other_rows], words.view(mx.uint32)
         out = reference.quantized_paged_attention(
-            query[split.other_rows],
-            words.view(mx.uint32),
-            own,
-            row_format,
-            scale=scale,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-            sinks=sinks,
+            rows, pages, own, row_format, sliding_window=sliding_window, **options
         )
         outputs.append(out)
     return split.join(outputs)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_map
 
 from metal_models.checkpoint import check_files
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.multimodal.mlx_vlm_models import build, installed
 from metal_models.multimodal.towers import Towers
+from metal_models.stored_quantization import quantize_as_stored
 
 # ``model_type`` -> module in ``families`` whose ``Family`` encodes for it.
 _FAMILIES = {
@@ -96,7 +96,8 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
             for stored, array in model.sanitize(weights).items()
             if (name := family.tensor_name(stored)) and name.partition(".")[0] in family.part_names
         }
-        _quantize(parts, own, config)
+        quantization = config.get("quantization") or config.get("quantization_config") or {}
+        quantize_as_stored(parts, own, quantization)
         parts.load_weights(list(own.items()), strict=True)
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         raise CheckpointError(
@@ -117,21 +118,6 @@ def _family(config: dict[str, Any]) -> type[Towers] | None:
         return None
     family: type[Towers] = importlib.import_module(f"metal_models.multimodal.families.{name}").Family
     return family
-
-
-def _quantize(parts: nn.Module, weights: dict[str, mx.array], config: dict[str, Any]) -> None:
-    """Make quantised modules where the checkpoint has scales."""
-    declared = config.get("quantization") or config.get("quantization_config") or {}
-    common = {name: declared[name] for name in ("group_size", "bits", "mode") if name in declared}
-
-    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
-            return False
-        own = declared.get(path)
-        return {**common, **own} if isinstance(own, dict) else common
-
-    if any(name.endswith(".scales") for name in weights):
-        nn.quantize(parts, class_predicate=how)
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
