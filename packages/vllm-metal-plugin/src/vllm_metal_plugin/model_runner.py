@@ -37,8 +37,7 @@ class PendingStep:
 class ModelRunner:
     """Turns each ``SchedulerOutput`` into one ragged forward pass and one lazy output.
 
-    Nothing here waits for the device before the next step is dispatched, with one exception: on a CPU the
-    cache is
+    Nothing here waits for the device before the next step is dispatched, with one exception: on a CPU the cache is
     updated in place only when the step before has finished (``wait_before_dispatch``).
     """
 
