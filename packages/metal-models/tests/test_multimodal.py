@@ -1,6 +1,7 @@
 """Images, video and sound among text, in ragged batches, generate what transformers generates one prompt at a time."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,12 +43,14 @@ class Piece:
 class Case:
     """A family whose tiny config is in ``configs_multimodal``: how an image or a video of some size looks in a prompt.
 
-    Transformers takes the items of a prompt joined or stacked, and some under other names than vLLM.
+    Transformers takes the items of a prompt joined, or stacked, some padded to be as long as the longest, and some under
+    other names than vLLM.
     """
 
     image: Callable[[int, int], Piece]
     video: Callable[[int, int, int], Piece] | None = None
     audio: Callable[[], Piece] | None = None
+    padded: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=lambda: {"pixel_values", "pixel_values_videos"})
     renamed: dict[str, str] = field(default_factory=dict)
     adjust: Callable[[dict[str, Any]], None] = lambda inputs: None
@@ -119,6 +122,55 @@ def mistral_image(rows: int, columns: int) -> Piece:
     return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
 
 
+def pixtral_image(rows: int, columns: int) -> Piece:
+    """An image whose rows of patches end in a mark; transformers takes several of one size only."""
+    del rows, columns
+    pixels = RNG.standard_normal((3, 16, 24)).astype(np.float32)
+    marks = [*[IMAGE] * 6, END] * 4
+    return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
+
+
+def cropped_image(most: float = math.inf) -> Callable[[int, int], Piece]:
+    """Return what makes images cut into crops of 4 × 4 patches, with an end to each line.
+
+    Args:
+        most: How many times the patches of a crop all crops may have together before they are made smaller.
+    """
+
+    def make(rows: int, columns: int) -> Piece:
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+        size = [5 * rows, 5 * columns]
+        down, across = get_anyres_image_grid_shape(size, [[16, 32], [32, 16], [32, 32]], 16)
+        _, lines, cells = unpad_image(torch.zeros(1, 4 * down, 4 * across), size).shape
+        ratio = (lines * cells / (most * 16)) ** 0.5
+        if ratio > 1.1:
+            lines, cells = int(lines // ratio), int(cells // ratio)
+        pixels = RNG.standard_normal((1 + down * across, 3, 16, 16)).astype(np.float32)
+        tokens = [IMAGE] * (16 + lines * (cells + 1))
+        return Piece(tokens, "image", None, {"pixel_values": pixels, "image_sizes": np.array(size)})
+
+    return make
+
+
+def onevision_video(times: int, rows: int, columns: int) -> Piece:
+    del rows, columns
+    pixels = RNG.standard_normal((times, 3, 16, 16)).astype(np.float32)
+    return Piece([VIDEO] * (4 * times + 1), "video", None, {"pixel_values_videos": pixels})
+
+
+def lfm_image(rows: int, columns: int) -> Piece:
+    """A tile whose last patches are padding, and a smaller one."""
+    pixels = RNG.standard_normal((2, 40, 3 * 4 * 4)).astype(np.float32)
+    data = {"pixel_values": pixels, "spatial_shapes": np.array([[rows, columns], [2, 4]])}
+    return Piece([IMAGE] * (rows * columns // 4 + 2), "image", None, data)
+
+
+def add_mask(inputs: dict[str, Any]) -> None:
+    sizes = inputs["spatial_shapes"].prod(1)
+    inputs["pixel_attention_mask"] = torch.arange(40)[None] < sizes[:, None]
+
+
 def gemma_image(rows: int, columns: int) -> Piece:
     """One image of a size that is always the same, with a mark at each end."""
     del rows, columns
@@ -162,10 +214,16 @@ def gemma4_audio() -> Piece:
 
 
 CASES = {
+    "granite_vision": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
     "internvl": Case(square_image(2, 8)),
+    "lfm2_vl": Case(lfm_image, joined={"pixel_values", "spatial_shapes"}, adjust=add_mask),
     "llava": Case(square_image(1, 16)),
+    "llava_next": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
+    "llava_onevision": Case(cropped_image(1), onevision_video, joined=set(), padded={"pixel_values"}),
+    "llava_siglip": Case(square_image(1, 16)),
     "mistral3": Case(mistral_image, joined=set(), adjust=add_sizes),
     "paddleocr_vl": Case(paddle_image),
+    "pixtral": Case(pixtral_image, joined=set(), adjust=add_sizes),
     "qwen2_vl": Case(qwen_image),
     "qwen2_5_vl": Case(qwen_image, qwen2_5_video),
     "qwen3_vl": Case(qwen_image, qwen3_video),
@@ -283,6 +341,9 @@ def reference_inputs(case: Case, tokens: Sequence[int], items: Sequence[Multimod
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for name in dict.fromkeys(name for item in items for name in item.data):
         arrays = [item.data[name] for item in items if name in item.data]
+        if name in case.padded:
+            longest = max(len(array) for array in arrays)
+            arrays = [np.concatenate([array, np.zeros_like(array)])[:longest] for array in arrays]
         joined = np.concatenate(arrays) if name in case.joined else np.stack(arrays)
         inputs[case.renamed.get(name, name)] = torch.from_numpy(joined)
     if items:

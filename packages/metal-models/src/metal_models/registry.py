@@ -39,7 +39,16 @@ _ADAPTED = {
 }
 
 # Architectures without a file in mlx-lm, around a language model that has one.
-_WRAPPED = {"idefics3", "internvl", "llava", "paddleocr_vl", "smolvlm"}
+_WRAPPED = {
+    "idefics3",
+    "internvl",
+    "lfm2_vl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "paddleocr_vl",
+    "smolvlm",
+}
 
 # Families whose code would run over the paged cache but compute something else: model file -> reason.
 _REFUSED = {

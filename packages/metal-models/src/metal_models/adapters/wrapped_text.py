@@ -13,6 +13,9 @@ from metal_models.config_names import reading_new_names
 # ``model_type`` of a text_config that names no file of mlx-lm -> the one that computes the same.
 _SAME = {"paddleocr_vl": "llama", "paddleocr_vl_text": "llama"}
 
+# Arguments of mlx-lm's that transformers has under other names.
+_RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
+
 # How the names of an encoder's tensors begin, after "model.".
 _ENCODERS = (
     "audio_tower.", "connector.", "image_newline", "mlp_AR.", "multi_modal_projector.", "vision_model.",
@@ -40,6 +43,7 @@ class ModelArgs(BaseModelArgs):
         text["model_type"] = _SAME.get(kind, kind)
         if text.get("use_bias"):
             text["attention_bias"] = text["mlp_bias"] = True
+        text |= {name: text[theirs] for name, theirs in _RENAMED.items() if name not in text and theirs in text}
         if "tie_word_embeddings" in params:
             text["tie_word_embeddings"] = params["tie_word_embeddings"]
         return cls(params["model_type"], text)

@@ -14,13 +14,18 @@ from metal_models.multimodal.mlx_vlm_models import build, installed
 from metal_models.multimodal.towers import Towers
 from metal_models.stored_quantization import quantize_as_stored
 
-# ``model_type`` -> module in ``families`` whose ``Family`` encodes for it.
+# ``model_type`` -> module in ``families`` whose ``Family`` encodes for it; after a slash, that of its vision_config.
 _FAMILIES = {
     "gemma3": "gemma3",
     "gemma4": "gemma4",
     "idefics3": "idefics3",
     "internvl": "internvl",
+    "lfm2_vl": "lfm2_vl",
     "llava": "llava",
+    "llava/pixtral": "pixtral",
+    "llava_next": "llava_next",
+    "llava_next/siglip_vision_model": "granite_vision",
+    "llava_onevision": "llava_onevision",
     "mistral3": "mistral3",
     "paddleocr_vl": "paddleocr_vl",
     "qwen2_5_vl": "qwen2_5_vl",
@@ -82,8 +87,9 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
             f"[towers] expected one of {', '.join(_FAMILIES)}, got {config.get('model_type')!r}. "
             "Serve the language model alone."
         )
-    model = build(family.package, family.vlm_config(config))
+    model = build(family.package, family.vlm_config(config), family.sub_configs)
     parts = model.parts(family.part_names)
+    family.adapt(parts, config)
     path = Path(path)
     check_files(path)
     weights: dict[str, Any] = {}
@@ -93,7 +99,7 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
     try:
         own = {
             name: array
-            for stored, array in model.sanitize(weights).items()
+            for stored, array in model.sanitize(weights, family.renamers).items()
             if (name := family.tensor_name(stored)) and name.partition(".")[0] in family.part_names
         }
         quantization = config.get("quantization") or config.get("quantization_config") or {}
@@ -109,11 +115,12 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
         parts.update(tree_map(lambda array: _cast(array, dtype), parts.parameters()))
     parts.eval()
     mx.eval(parts.parameters())
-    return family(dict(parts.children()), config)
+    return family({name: parts[name] for name in family.part_names if name in parts}, config)
 
 
 def _family(config: dict[str, Any]) -> type[Towers] | None:
-    name = _FAMILIES.get(str(config.get("model_type")))
+    kind, vision = config.get("model_type"), (config.get("vision_config") or {}).get("model_type")
+    name = _FAMILIES.get(f"{kind}/{vision}") or _FAMILIES.get(str(kind))
     if name is None:
         return None
     family: type[Towers] = importlib.import_module(f"metal_models.multimodal.families.{name}").Family

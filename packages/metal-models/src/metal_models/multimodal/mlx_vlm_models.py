@@ -14,8 +14,6 @@ import mlx.nn as nn
 from metal_models.config_names import with_old_names
 from metal_models.errors import MetalModelsError
 
-_SUB_CONFIGS = ("text", "vision", "perceiver", "projector", "audio")
-
 
 def installed() -> bool:
     """Whether mlx-vlm is there; it is not imported."""
@@ -27,40 +25,38 @@ class VlmModel:
     """One of mlx-vlm's models, with random, unevaluated parameters: it takes time for its modules but no memory.
 
     Attributes:
-        package: Its package.
-        config: Its config object.
         module: The model.
     """
 
-    package: Any
-    config: Any
     module: Any
 
     def parts(self, names: Iterable[str]) -> nn.Module:
-        """Return a module of nothing but some of the model's modules; those that it lacks are left out."""
-        kept: Any = nn.Module()
+        """Return a module of nothing but some of the model's modules and arrays; those that it lacks are left out."""
+        kept = nn.Module()
         for name in names:
-            part = getattr(self.module, name, None)
-            if part is not None:
-                setattr(kept, name, part)
-        own: nn.Module = kept
-        return own
+            if name in self.module:
+                setattr(kept, name, self.module[name])
+        return kept
 
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Return the tensors of a checkpoint under the names and in the layouts of the model's towers, lazily."""
-        sanitizers = [self.module]
-        for kind in ("Vision", "Audio"):
-            part = getattr(self.package, f"{kind}Model", None)
-            config = getattr(self.config, f"{kind.lower()}_config", None)
-            if part is not None and config is not None and hasattr(part, "sanitize"):
-                sanitizers.append(part(config))
-        for sanitizer in sanitizers:
-            weights = sanitizer.sanitize(weights) if hasattr(sanitizer, "sanitize") else weights
+    def sanitize(self, weights: dict[str, mx.array], renamers: Iterable[str]) -> dict[str, mx.array]:
+        """Return the tensors of a checkpoint under the names and in the layouts of the model's towers, lazily.
+
+        Args:
+            weights: As stored.
+            renamers: As in ``Towers``.
+        """
+        for name in renamers:
+            weights = (self.module[name] if name else self.module).sanitize(weights)
         return weights
 
 
-def build(package_name: str, config: dict[str, Any]) -> VlmModel:
-    """Make the model of ``mlx_vlm.models.<package_name>`` for a ``config.json``.
+def build(package_name: str, config: dict[str, Any], sub_configs: Iterable[str] = ("text", "vision")) -> VlmModel:
+    """Make the model of ``mlx_vlm.models.<package_name>``.
+
+    Args:
+        package_name: The package.
+        config: As in ``config.json``.
+        sub_configs: Which configs in it have a class of their own; one that is None has not.
 
     Raises:
         MetalModelsError: mlx-vlm is not installed, or the config lacks a value.
@@ -69,11 +65,11 @@ def build(package_name: str, config: dict[str, Any]) -> VlmModel:
     config = _as_before(copy.deepcopy(config))
     try:
         model_config = package.ModelConfig.from_dict(config)
-        for kind in _SUB_CONFIGS:
+        for kind in sub_configs:
             name = f"{kind}_config"
-            if hasattr(model_config, name) and config.get(name) is not None:
+            if config[name] is not None:
                 setattr(model_config, name, getattr(package, f"{kind.title()}Config").from_dict(config[name]))
-        return VlmModel(package, model_config, package.Model(model_config))
+        return VlmModel(package.Model(model_config))
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise MetalModelsError(
             f"[towers] expected a complete config for {config.get('model_type')!r}, got {type(error).__name__}: "

@@ -25,23 +25,29 @@ class Towers(ABC):
     """The encoders of one model, with what maps their output into its embedding space.
 
     Args:
-        parts: mlx-vlm's modules, loaded, by the names in ``part_names``.
+        parts: What mlx-vlm's model has of ``part_names``, loaded, by name.
         config: As in the model's ``config.json``.
 
     Attributes:
         package: mlx-vlm's package of the family.
-        part_names: Attributes of mlx-vlm's model that are towers.
+        part_names: Attributes of mlx-vlm's model that are towers, or single arrays beside them.
+        sub_configs: Which of the configs in its config have a class of their own.
+        renamers: Attributes of mlx-vlm's model that know other names and layouts of their tensors; empty for the model.
         bidirectional: Kinds of items whose embeddings see each other, later ones too: see ``spans``.
     """
 
     package: ClassVar[str]
     part_names: ClassVar[tuple[str, ...]]
+    sub_configs: ClassVar[tuple[str, ...]] = ("text", "vision")
+    renamers: ClassVar[tuple[str, ...]] = ("", "vision_tower")
 
-    def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module | mx.array], config: dict[str, Any]) -> None:
         self.parts: dict[str, Any] = dict(parts)
         self.config = config
         self.bidirectional = self.bidirectional_of(config)
-        arrays: Any = tree_flatten([part.parameters() for part in self.parts.values()])
+        arrays: Any = tree_flatten(
+            [part.parameters() if isinstance(part, nn.Module) else part for part in parts.values()]
+        )
         self.nbytes = sum(array.nbytes for _, array in arrays)
         self.dtype: mx.Dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
 
@@ -49,6 +55,15 @@ class Towers(ABC):
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """Return the ``config.json`` to make mlx-vlm's model from."""
         return config
+
+    @classmethod
+    def adapt(cls, parts: Any, config: dict[str, Any]) -> None:
+        """Change what mlx-vlm's modules have or do otherwise than the model.
+
+        Args:
+            parts: A module of them, not loaded.
+            config: As in the model's ``config.json``.
+        """
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

@@ -15,6 +15,7 @@ class Family(Towers):
 
     package = "gemma3"
     part_names = ("vision_tower", "multi_modal_projector")
+    renamers = ("vision_tower",)
 
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:

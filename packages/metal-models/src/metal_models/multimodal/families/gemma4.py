@@ -20,6 +20,7 @@ class Family(Towers):
 
     package = "gemma4"
     part_names = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
+    sub_configs = ("text", "vision", "audio")
 
     @classmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:

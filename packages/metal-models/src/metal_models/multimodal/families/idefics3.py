@@ -16,6 +16,7 @@ class Family(llava.Family):
 
     package = "idefics3"
     part_names = ("vision_model", "connector")
+    renamers = ("", "vision_model")
     vision_types = frozenset({"idefics3", "idefics3_vision", "siglip_vision_model", "smolvlm_vision"})
 
     @classmethod
@@ -23,6 +24,10 @@ class Family(llava.Family):
         """Return a config with the one name that mlx-vlm's tower accepts for all of them."""
         vision = config["vision_config"] | {"model_type": "idefics3"}
         return super().vlm_config(config) | {"vision_config": vision}
+
+    @classmethod
+    def adapt(cls, parts: Any, config: dict[str, Any]) -> None:
+        """Change nothing."""
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

@@ -1,32 +1,27 @@
 """InternVL: an image as crops of one size and the whole, smaller."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from jaxtyping import Float
-from mlx.utils import tree_unflatten
 
 from metal_models.multimodal.families import llava
-from metal_models.multimodal.families.llava import pixels_of
+from metal_models.multimodal.families.llava import pixels_of, set_gelu
 from metal_models.multimodal.item import MultimodalItem
 
 
 class Family(llava.Family):
-    """InternVL's vision tower and projector, in transformers' form.
-
-    mlx-vlm approximates their GELU; the models have the exact one.
-    """
+    """InternVL's vision tower and projector, in transformers' form."""
 
     package = "internvl"
+    renamers = ("", "vision_tower")
     vision_types = frozenset({"internvl_vision"})
 
-    def __init__(self, parts: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
-        super().__init__(parts, config)
-        for part in parts.values():
-            exact = [(name, nn.GELU()) for name, module in part.named_modules() if isinstance(module, nn.GELU)]
-            part.update_modules(tree_unflatten(exact))
+    @classmethod
+    def adapt(cls, parts: Any, config: dict[str, Any]) -> None:
+        """Let all parts compute the exact GELU."""
+        del config
+        set_gelu(parts, "gelu")
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

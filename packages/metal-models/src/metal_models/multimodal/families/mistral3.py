@@ -16,6 +16,7 @@ class Family(llava.Family):
     """Mistral 3's vision tower and projector."""
 
     package = "mistral3"
+    renamers = ("", "vision_tower")
     vision_types = frozenset({"pixtral"})
 
     @classmethod
@@ -34,6 +35,10 @@ class Family(llava.Family):
             "text_config": SMALL_TEXT | {"model_type": "mistral"} | kept,
             "vision_config": vision | {"rope_theta": theta},
         }
+
+    @classmethod
+    def adapt(cls, parts: Any, config: dict[str, Any]) -> None:
+        """Change nothing."""
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

@@ -15,6 +15,7 @@ class Family(qwen2_5_vl.Family):
 
     package = "paddleocr_vl"
     part_names = ("visual",)
+    renamers = ("", "visual")
 
     @classmethod
     def modalities_of(cls, config: dict[str, Any]) -> frozenset[str]:
