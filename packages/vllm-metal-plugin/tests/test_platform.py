@@ -28,6 +28,13 @@ def test_vllm_picks_the_platform() -> None:
     assert current_platform.is_out_of_tree()
 
 
+def test_options_that_vllm_refuses_are_one_sentence(vllm_config) -> None:
+    from vllm_metal_plugin.errors import UnsupportedConfigError
+
+    with pytest.raises(UnsupportedConfigError, match=r"^\[config\] vLLM refuses these options: Sleep mode"):
+        vllm_config(enable_sleep_mode=True)
+
+
 def test_registration_imports_nothing_heavy() -> None:
     code = (
         "import sys, vllm_metal_plugin as p; name = p.register_platform(); "

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_metal_plugin import upstream_fixes
-from vllm_metal_plugin.errors import VllmMetalPluginError
+from vllm_metal_plugin.errors import UnsupportedConfigError, VllmMetalPluginError
 
 _installed = False
 _prints_own_errors = False
@@ -23,12 +23,18 @@ def install() -> None:
     get_batch_defaults = EngineArgs.get_batch_defaults.__func__
 
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from pydantic import ValidationError
+
         from vllm_metal_plugin import quantization
 
         upstream_fixes.install_in_front_end()
         quantization.register()
         prepare(self)
-        return create_engine_config(self, *args, **kwargs)
+        try:
+            return create_engine_config(self, *args, **kwargs)
+        except ValidationError as error:
+            reasons = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+            raise UnsupportedConfigError(f"[config] vLLM refuses these options: {reasons}") from error
 
     def batch_defaults(cls: Any, world_size: int) -> tuple[dict[Any, int], dict[Any, int]]:
         return smaller_batch_defaults(*get_batch_defaults(cls, world_size))
