@@ -1,0 +1,58 @@
+"""Which kernel variant serves a call, or why none does: a module for the verdict on each kernel."""
+
+from metal_kernels.kernels.dispatch.decode import DecodeVariant, decode_kernel, decode_variant, rope_decode_kernel
+from metal_kernels.kernels.dispatch.experts import ExpertVariant, expert_kernel, routing_kernel
+from metal_kernels.kernels.dispatch.latent import LatentVariant, mla_decode_kernel
+from metal_kernels.kernels.dispatch.linear import LinearVariant, linear_kernel, linear_variant
+from metal_kernels.kernels.dispatch.prefill import (
+    GatheredPrefill,
+    PrefillVariant,
+    PrefillWork,
+    gathered_prefill,
+    prefill_kernel,
+)
+from metal_kernels.kernels.dispatch.quantized import (
+    QuantizedMatrixVariant,
+    QuantizedVariant,
+    quantized_decode_kernel,
+    quantized_write_kernel,
+)
+from metal_kernels.kernels.dispatch.recurrent import GatedDeltaVariant, gated_delta_kernel, short_conv_kernel
+from metal_kernels.kernels.dispatch.rows import PageKernels, RowKernels, page_kernels, row_kernels
+from metal_kernels.kernels.dispatch.verdict import BLOCK_SIZES, FLOAT_DTYPES, HEAD_SIZES, Accepted, Rejected
+
+__all__ = [
+    "Accepted",
+    "BLOCK_SIZES",
+    "DecodeVariant",
+    "ExpertVariant",
+    "FLOAT_DTYPES",
+    "GatedDeltaVariant",
+    "GatheredPrefill",
+    "HEAD_SIZES",
+    "LatentVariant",
+    "LinearVariant",
+    "PageKernels",
+    "PrefillVariant",
+    "PrefillWork",
+    "QuantizedMatrixVariant",
+    "QuantizedVariant",
+    "Rejected",
+    "RowKernels",
+    "decode_kernel",
+    "decode_variant",
+    "expert_kernel",
+    "gated_delta_kernel",
+    "gathered_prefill",
+    "linear_kernel",
+    "linear_variant",
+    "mla_decode_kernel",
+    "page_kernels",
+    "prefill_kernel",
+    "quantized_decode_kernel",
+    "quantized_write_kernel",
+    "rope_decode_kernel",
+    "routing_kernel",
+    "row_kernels",
+    "short_conv_kernel",
+]

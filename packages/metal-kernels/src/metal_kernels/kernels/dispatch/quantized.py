@@ -1,0 +1,87 @@
+"""Writes of quantised rows, and decode over them."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from metal_kernels.device import Target
+from metal_kernels.kernels.dispatch.prefill import MAX_TILED_HEAD
+from metal_kernels.kernels.dispatch.rows import PageKernels
+from metal_kernels.kernels.dispatch.verdict import FLOAT_DTYPES, HEAD_SIZES, Accepted, Rejected
+from metal_kernels.row_format import RowFormat
+
+_MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
+_MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
+
+
+@dataclass(frozen=True)
+class QuantizedVariant:
+    """How decode over quantised rows is laid out; the names are the body's.
+
+    Args:
+        heads: Query heads of one threadgroup.
+        lanes: Lanes that share a key.
+        width: Elements of a head that a lane holds.
+        simdgroups: SIMD-groups of a threadgroup.
+        unrolled: Keys that a lane loads before it uses one.
+        parts: Threadgroups that share the query heads of one key head.
+    """
+
+    heads: int
+    lanes: int
+    width: int
+    simdgroups: int
+    unrolled: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class QuantizedMatrixVariant:
+    """How decode over 8-bit rows on matrix units is laid out.
+
+    Args:
+        heads: Query heads of one threadgroup, at most 8.
+        simdgroups: SIMD-groups of a threadgroup; each takes 16 keys at a time.
+        parts: Threadgroups that share the query heads of one key head.
+    """
+
+    heads: int
+    simdgroups: int
+    parts: int
+
+
+@cache
+def quantized_write_kernel(target: Target, row_format: RowFormat, size: int) -> Accepted[PageKernels] | Rejected:
+    """Decide on the kernel that quantises rows into a cache of ``size`` words."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if size < 8:
+        return Rejected("MLX passes a cache of fewer than 8 elements as constant memory, which cannot be written")
+    if row_format.head_size > _MAX_QUANTIZED_HEAD:
+        return Rejected(f"head size {row_format.head_size} is more than a SIMD-group holds ({_MAX_QUANTIZED_HEAD})")
+    return Accepted(PageKernels())
+
+
+@cache
+def quantized_decode_kernel(
+    target: Target, query_dtype: mx.Dtype, row_format: RowFormat, group: int
+) -> Accepted[QuantizedVariant] | Accepted[QuantizedMatrixVariant] | Rejected:
+    """Decide on decode over quantised rows for ``group`` query heads per key head."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if query_dtype not in FLOAT_DTYPES:
+        return Rejected(f"query is {query_dtype}; kernels know float16, bfloat16 and float32")
+    head_size = row_format.head_size
+    if head_size not in HEAD_SIZES:
+        return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
+    eight_bits = {row_format.key, row_format.value} <= {"int8", "fp8_e4m3"}
+    # Matrices are of float16, for rows of whole 16-byte words.
+    if eight_bits and query_dtype != mx.float32 and row_format.row_words % 4 == 0:
+        parts = -(-group // 8)
+        return Accepted(QuantizedMatrixVariant(-(-group // parts), 4 if head_size <= MAX_TILED_HEAD else 2, parts))
+    # More heads of a threadgroup need more registers for each element; fewer elements leave room for them.
+    width = 16 if group <= 2 else 8
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if lanes * width >= head_size)
+    parts = -(-group // max(1, min(8, _MAX_QUANTIZED_SHARED // head_size)))
+    return Accepted(QuantizedVariant(-(-group // parts), lanes, width, 4, 2, parts))
