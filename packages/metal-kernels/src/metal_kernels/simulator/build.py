@@ -122,7 +122,7 @@ def _compile(
         compiled, linked = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
         version = f"-D__METAL_VERSION__={metal_version[0]}{metal_version[1]}0"
         flags = (*LANGUAGE, *_KERNEL, *mode.value, version)
-        include = ("-include-pch", str(precompiled(flags)))
+        include = ("-include-pch", str(precompiled(flags, unit.preamble)))
         done = toolchain().run(*flags, *include, "-o", str(compiled), "-", text=unit.text + entries)
         if done.returncode:
             raise KernelCompileError(f"[simulator] the kernel does not compile:\n{done.stderr.strip()}")
@@ -154,10 +154,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @cache
-def precompiled(flags: tuple[str, ...]) -> Path:
-    """The Metal headers, precompiled for these flags."""
-    path = cache_directory() / f"{digest(toolchain().key, flags)}.pch"
+def precompiled(flags: tuple[str, ...], preamble: str) -> Path:
+    """The Metal headers and a unit's preamble, precompiled for these flags."""
+    path = cache_directory() / f"{digest(toolchain().key, flags, preamble)}.pch"
     if not path.exists():
+        header = path.with_suffix(".h")  # clang wants to see it later
+        write_whole(header, f'#include "{MSL_HEADERS / "entry.h"}"\n{preamble}')
         with tempfile.TemporaryDirectory(dir=cache_directory()) as folder:
             output = Path(folder) / "entry.pch"
             arguments = [flag for flag in flags if flag not in ("-c", "-fsyntax-only", "-ast-dump")]
@@ -168,7 +170,8 @@ def precompiled(flags: tuple[str, ...]) -> Path:
                 "-emit-pch",
                 "-Xclang",
                 "-fno-pch-timestamp",
-                str(MSL_HEADERS / "entry.h"),
+                "-fpch-instantiate-templates",
+                str(header),
                 "-o",
                 str(output),
             )

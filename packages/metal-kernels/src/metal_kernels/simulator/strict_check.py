@@ -7,11 +7,10 @@ from .build import precompiled, write_whole
 from .errors import KernelCompileError, ToolchainError
 from .syntax_rules import violations
 from .toolchain import cache_directory, digest, toolchain
-from .unit import LANGUAGE, Source, Unit, translate
+from .unit import FIRST_USER_DECLARATION, LANGUAGE, Source, Unit, translate
 
 METAL_VERSIONS = ((3, 1), (3, 2))
 _IN_HEADERS = "metal"
-_FIRST_USER_DECLARATION = "MslUserBegin"
 _EXTENSIONS = (
     "-Xclang",
     "-cl-ext=-__opencl_c_program_scope_global_variables,-__opencl_c_device_enqueue,-cl_khr_fp64,-__opencl_c_fp64",
@@ -67,15 +66,15 @@ def _diagnose(source: Source, metal_version: tuple[int, int]) -> list[str]:
         *flags,
         *_STRICT,
         "-include-pch",
-        str(precompiled(flags)),
+        str(precompiled(flags, unit.preamble)),
         "-",
-        text=f"struct {_FIRST_USER_DECLARATION}; {unit.text}{entries}",
+        text=unit.text + entries,
     )
     errors = _errors(done.stderr, unit)
     if done.returncode and not errors:
         raise ToolchainError(f"[simulator] expected a verdict of clang's, got: {done.stderr.strip()}.")
     if not errors:
-        ast = done.stdout[done.stdout.find(_FIRST_USER_DECLARATION) :]
+        ast = done.stdout[done.stdout.find(FIRST_USER_DECLARATION) :]
         errors = [f"{unit.place(line)}: error: {complaint}" for line, complaint in violations(ast)]
     return errors
 

@@ -14,6 +14,7 @@ from .tokens import TokenList
 from .toolchain import MSL_HEADERS, cache_directory, toolchain
 
 LANGUAGE = ("-x", "clcpp", "-cl-std=clc++2021", "-cl-single-precision-constant", "-cl-no-stdinc", "-nostdinc")
+FIRST_USER_DECLARATION = "MslUserBegin"
 _END_OF_PREAMBLE = "#pragma msl_end_of_preamble"
 METAL_HEADERS = [
     "metal_stdlib",
@@ -45,7 +46,7 @@ class Source:
     """Metal source, and what it is compiled with.
 
     ``parts`` are named pieces, joined in order; diagnostics count lines within each. The ``preamble`` comes
-    before them and declares no kernels, so that its translation serves other sources too.
+    before them and declares no kernels, so that other sources share its translation, precompiled.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -68,8 +69,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """A translated unit: ``text`` for clang, the ``places`` its lines come from, and what it declares."""
+    """A translated unit: clang reads the ``preamble``, precompiled, and then ``text``.
 
+    The ``places`` are those of the lines of both, which are counted together.
+    """
+
+    preamble: str
     text: str
     places: tuple[Place, ...]
     program: Program
@@ -91,7 +96,9 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
     preamble = _translate_preamble(before, metal_version, constants)
     piece = _translate_piece(after, metal_version, constants, preamble.names)
     piece.program.errors[:0] = preamble.program.errors
-    return Unit(preamble.text + piece.text, preamble.places[: preamble.text.count("\n")] + piece.places, piece.program)
+    lines = preamble.text.count("\n")
+    text = f'# {lines} "<stdin>"\nstruct {FIRST_USER_DECLARATION};\n{piece.text}'
+    return Unit(f'# 1 "<stdin>"\n{preamble.text}', text, preamble.places[:lines] + piece.places, piece.program)
 
 
 @dataclass(frozen=True)
