@@ -1,12 +1,13 @@
-"""The one place where mlx-lm is changed: its attention function asks a paged view to attend."""
+"""The one place where mlx-lm is changed: attention asks a paged view, and every rotary embedding takes positions."""
 
 import sys
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import base
+from mlx_lm.models import base, rope_utils
 
 from metal_models.cache_view import OWN_MASK, CacheView, PagedMask
+from metal_models.dynamic_rope import DynamicNTKScalingRoPE
 from metal_models.errors import MetalModelsError
 
 _mlx_lm_attention = base.scaled_dot_product_attention
@@ -38,6 +39,7 @@ def install() -> None:
 
     Idempotent. Models that run on mlx-lm's own caches are not affected.
     """
+    rope_utils.DynamicNTKScalingRoPE = DynamicNTKScalingRoPE
     base.scaled_dot_product_attention = scaled_dot_product_attention
     for name, module in list(sys.modules.items()):
         if (

@@ -19,6 +19,9 @@ def install() -> None:
     _installed = True
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_metal_plugin import plain_config
+
+    plain_config.install()
     create_engine_config = EngineArgs.create_engine_config
     get_batch_defaults = EngineArgs.get_batch_defaults.__func__
 
