@@ -11,10 +11,16 @@ def install() -> None:
 
 def install_in_front_end() -> None:
     """Install the workarounds that only the process that takes requests needs; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import adapter_errors, failed_steps, roberta_position_kind
+    from vllm_metal_plugin.upstream_fixes import (
+        adapter_errors,
+        failed_steps,
+        model_inspection,
+        roberta_position_kind,
+    )  # fmt: skip
 
     adapter_errors.install()
     failed_steps.install_in_front_end()
+    model_inspection.install()
     roberta_position_kind.install()
 
 
