@@ -40,6 +40,10 @@ _ADAPTED = {
 
 # Architectures without a file in mlx-lm, around a language model that has one.
 _WRAPPED = {
+    "cohere2_vision",
+    "glm4v",
+    "glm4v_moe",
+    "glm_ocr",
     "idefics3",
     "internvl",
     "lfm2_vl",

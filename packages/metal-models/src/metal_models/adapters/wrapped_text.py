@@ -10,8 +10,14 @@ from mlx_lm.utils import _get_classes as mlx_lm_classes
 
 from metal_models.config_names import reading_new_names
 
-# ``model_type`` of a text_config that names no file of mlx-lm -> the one that computes the same.
-_SAME = {"paddleocr_vl": "llama", "paddleocr_vl_text": "llama"}
+# ``model_type`` of a text_config that names no file of mlx-lm -> the one that computes the same, and what it wants.
+_SAME: dict[str, dict[str, Any]] = {
+    "glm4v_moe_text": {"model_type": "glm4_moe", "use_qk_norm": False, "rope_scaling": None},
+    "glm4v_text": {"model_type": "glm4", "attention_bias": True},
+    "glm_ocr_text": {"model_type": "glm4", "attention_bias": False},
+    "paddleocr_vl": {"model_type": "llama"},
+    "paddleocr_vl_text": {"model_type": "llama"},
+}
 
 # Arguments of mlx-lm's that transformers has under other names.
 _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
@@ -35,12 +41,13 @@ class ModelArgs(BaseModelArgs):
         """Return the arguments, with all values of a text_config that says only what is special."""
         from transformers import AutoConfig
 
-        text = dict(params.get("text_config") or params)
+        text = dict(params.get("text_config") or params.get("llm_config") or params)
         kind = text.get("model_type", "llama")
-        if kind not in _SAME:
+        if not kind.startswith("paddleocr"):  # whose own defaults are those of the whole
             defaults = AutoConfig.for_model(kind).to_dict()
             text = {name: value for name, value in defaults.items() if value is not None} | text
-        text["model_type"] = _SAME.get(kind, kind)
+        text = _SAME.get(kind, {}) | text | {"model_type": _SAME.get(kind, text).get("model_type", kind)}
+        text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
         if text.get("use_bias"):
             text["attention_bias"] = text["mlp_bias"] = True
         text |= {name: text[theirs] for name, theirs in _RENAMED.items() if name not in text and theirs in text}

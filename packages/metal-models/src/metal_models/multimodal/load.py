@@ -16,11 +16,17 @@ from metal_models.stored_quantization import quantize_as_stored
 
 # ``model_type`` -> module in ``families`` whose ``Family`` encodes for it; after a slash, that of its vision_config.
 _FAMILIES = {
+    "cohere2_vision": "cohere2_vision",
     "gemma3": "gemma3",
     "gemma4": "gemma4",
+    "gemma4_unified": "gemma4_unified",
+    "glm4v": "glm4v",
+    "glm4v_moe": "glm4v_moe",
+    "glm_ocr": "glm_ocr",
     "idefics3": "idefics3",
     "internvl": "internvl",
     "lfm2_vl": "lfm2_vl",
+    "llama4": "llama4",
     "llava": "llava",
     "llava/pixtral": "pixtral",
     "llava_next": "llava_next",

@@ -64,11 +64,14 @@ def build(package_name: str, config: dict[str, Any], sub_configs: Iterable[str] 
     package = _import(package_name)
     config = _as_before(copy.deepcopy(config))
     try:
-        model_config = package.ModelConfig.from_dict(config)
-        for kind in sub_configs:
-            name = f"{kind}_config"
-            if config[name] is not None:
-                setattr(model_config, name, getattr(package, f"{kind.title()}Config").from_dict(config[name]))
+        made = {
+            f"{kind}_config": getattr(package, f"{kind.title()}Config").from_dict(config[f"{kind}_config"])
+            for kind in sub_configs
+            if config[f"{kind}_config"] is not None
+        }
+        model_config = package.ModelConfig.from_dict(config | made)
+        for name, own in made.items():
+            setattr(model_config, name, own)
         return VlmModel(package.Model(model_config))
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise MetalModelsError(

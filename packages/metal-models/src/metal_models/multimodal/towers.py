@@ -32,7 +32,7 @@ class Towers(ABC):
         package: mlx-vlm's package of the family.
         part_names: Attributes of mlx-vlm's model that are towers, or single arrays beside them.
         sub_configs: Which of the configs in its config have a class of their own.
-        renamers: Attributes of mlx-vlm's model that know other names and layouts of their tensors; empty for the model.
+        renamers: Attributes of mlx-vlm's model that know other names and layouts of tensors; empty for itself.
         bidirectional: Kinds of items whose embeddings see each other, later ones too: see ``spans``.
     """
 
@@ -64,6 +64,7 @@ class Towers(ABC):
             parts: A module of them, not loaded.
             config: As in the model's ``config.json``.
         """
+        del parts, config
 
     @classmethod
     def tensor_name(cls, name: str) -> str | None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from metal_models.multimodal.item import MultimodalItem
 from metal_models.multimodal.towers import Towers
 
-_FIELDS = {
+FIELDS = {
     "image": ("pixel_values", "pixel_position_ids"),
     "video": ("pixel_values_videos", "pixel_position_ids_videos"),
 }
@@ -51,7 +51,7 @@ class Family(Towers):
         return (rows.astype(mx.float32) / scale).astype(rows.dtype)
 
     def _seen(self, item: MultimodalItem) -> mx.array:
-        pixels, places = (item.array(name) for name in _FIELDS[item.modality])
+        pixels, places = (item.array(name) for name in FIELDS[item.modality])
         pixels, places = (array[None] if array.ndim == 2 else array for array in (pixels, places))
         hidden = self.parts["vision_tower"](pixels, places.astype(mx.int32))
         rows: mx.array = self.parts["embed_vision"](hidden)[0]

@@ -28,8 +28,8 @@ class Family(Towers):
     @classmethod
     def vlm_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """Return a config with no more of the language model than its width."""
-        width = {"hidden_size": text_width(config)}
-        return config | {"text_config": SMALL_TEXT | width}
+        width = text_width(config)
+        return config | {"text_config": SMALL_TEXT | {"hidden_size": width, "head_dim": width}}
 
     @classmethod
     def adapt(cls, parts: Any, config: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 
 from metal_models.multimodal.families import llava_next
 from metal_models.multimodal.families.llava import pixels_of, selected
 from metal_models.multimodal.families.llava_next import crop_grid, patch_grid, unpadded
 from metal_models.multimodal.item import MultimodalItem
+from metal_models.multimodal.resized_grid import resized
 
 
 class Family(llava_next.Family):
@@ -57,26 +57,3 @@ class Family(llava_next.Family):
     def _line_end(self) -> mx.array:
         end: mx.array = self.parts["image_newline"]
         return end[None, None]
-
-
-def resized(
-    grids: Float[mx.array, "grids rows columns width"], rows: int, columns: int
-) -> Float[mx.array, "grids new_rows new_columns width"]:
-    """Return grids of another size, each cell between the two nearest in either direction."""
-    down, across = mx.array(_shares(grids.shape[1], rows)), mx.array(_shares(grids.shape[2], columns))
-    count, _, _, width = grids.shape
-    by_row = down @ grids.astype(mx.float32).reshape(count, grids.shape[1], -1)
-    by_row = by_row.reshape(count * rows, grids.shape[2], width)
-    return (across @ by_row).reshape(count, rows, columns, width)
-
-
-def _shares(old: int, new: int) -> Float32[np.ndarray, "new old"]:
-    """Return what part each old cell has in a new one along one axis, by the distance of their middles."""
-    middles = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, None)
-    before = np.minimum(middles.astype(np.int64), old - 1)
-    after = np.minimum(before + 1, old - 1)
-    part = (middles - before).astype(np.float32)
-    shares = np.zeros((new, old), np.float32)
-    np.add.at(shares, (np.arange(new), before), 1 - part)
-    np.add.at(shares, (np.arange(new), after), part)
-    return shares
