@@ -8,8 +8,9 @@ from metal_kv.budget import MemoryBudget
 from metal_kv.errors import BlockTableError, MetalKVError, NotEnoughMemoryError, OutOfBlocksError, SpecError
 from metal_kv.grouping import group_layers
 from metal_kv.hybrid import unify_page_sizes
+from metal_kv.layer_cache import LayerCache
 from metal_kv.layout import CacheGroup, CacheLayout, LayerPlace, bytes_per_block, max_blocks_per_request
-from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.pool import KVCachePool
 from metal_kv.prefix_tree import Match, PrefixTree
 from metal_kv.quantization import quantize_specs
 from metal_kv.recurrent_state import StateBlocks, state_blocks

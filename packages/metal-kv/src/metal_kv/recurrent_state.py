@@ -20,13 +20,21 @@ class StateBlocks:
     reads one block and writes the next, and the first one keeps the state at its end: the snapshot that a request
     with the same prefix starts from.
 
+    A prompt's rows may run past the end of such a block. If it has been allocated, it gets the state at its end as
+    well.
+
     Attributes:
         before: Where the state lies that a request continues; 0 for one that starts.
         after: Where the state goes that the step leaves.
+        inside: Where the state goes that a request has at the end of the last block that its rows leave behind; 0
+            for nowhere.
+        rows_until: How many of its rows that state has seen; 0 where it goes nowhere.
     """
 
     before: Int32[np.ndarray, "reqs"]
     after: Int32[np.ndarray, "reqs"]
+    inside: Int32[np.ndarray, "reqs"]
+    rows_until: Int32[np.ndarray, "reqs"]
 
 
 def state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
@@ -53,7 +61,11 @@ def _state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
             f"{batch.seq_lens.tolist()} with block_size {block_size}. Allocate the blocks of a request before its "
             "step, and keep the block of its last token until the step after."
         )
-    return StateBlocks(before, after)
+    ends = np.maximum(batch.seq_lens - 1, 0) // block_size * block_size
+    passed = ends > num_computed
+    inside = np.where(passed, _blocks_of(batch, ends - 1, block_size), 0).astype(np.int32)
+    rows_until = np.where(inside > 0, ends - num_computed, 0).astype(np.int32)
+    return StateBlocks(before, after, inside, rows_until)
 
 
 def _blocks_of(batch: RaggedBatch, positions: np.ndarray, block_size: int) -> Int32[np.ndarray, "reqs"]:

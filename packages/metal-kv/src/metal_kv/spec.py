@@ -165,8 +165,8 @@ class RecurrentStateSpec(KVCacheSpec):
     The arrays of a state lie one after another in a page, in the order of ``shapes``; a page is an array of
     the widest unsigned words (4, 2 or 1 bytes) that every array of the state fills exactly. The page may be
     padded with ``page_size_padded`` to the bytes of the attention page it shares a slab with. A request holds
-    ``blocks_per_request`` states at once: 1, or 2 where the state at the end of the last full block is kept for
-    requests with the same prefix.
+    ``blocks_per_request`` states at once: 1, 2 where the state at the end of the last full block is kept for requests
+    with the same prefix, or 3 where a step may leave that one and another at its end.
     """
 
     shapes: tuple[tuple[int, ...], ...]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from metal_kernels import decode_attention, kernels, rope_and_cache, target
 from metal_kernels.decode_plan import MIN_RANGE
-from metal_kv.pool import LayerCache
+from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear

@@ -9,7 +9,7 @@ import mlx.core as mx
 from metal_kernels import RaggedBatch
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.key_value_pages import gather_rows
-from metal_kv.pool import LayerCache
+from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import AttentionSpec
 from metal_models.errors import MetalModelsError
 from metal_models.spans import Spans

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int32
 
 from metal_kernels import DecodePlan, DecodeSizes, kernels, pack_decode, rope_and_attend, target
 from metal_kv.attention_metadata import AttentionMetadata
-from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.layer_cache import LayerCache
+from metal_kv.pool import KVCachePool
 from metal_kv.spec import AttentionSpec
 from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device

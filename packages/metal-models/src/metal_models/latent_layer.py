@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metal_kernels import RaggedBatch
-from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.layer_cache import LayerCache
+from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec, LatentSpec
 from metal_models.cache_view import CacheView, Step
 from metal_models.layer import Layer

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from metal_kernels import kernels, latent_decode, latent_rope_and_cache, target
 from metal_kernels.decode_plan import MIN_LATENT_RANGE
-from metal_kv.pool import LayerCache
+from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import LatentSpec
 from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear

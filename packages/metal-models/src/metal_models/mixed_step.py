@@ -9,7 +9,8 @@ from jaxtyping import Float, Int32
 
 from metal_kernels import target
 from metal_kv.attention_metadata import AttentionMetadata
-from metal_kv.pool import KVCachePool, LayerCache
+from metal_kv.layer_cache import LayerCache
+from metal_kv.pool import KVCachePool
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.mixed_program import MixedProgram
 from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device

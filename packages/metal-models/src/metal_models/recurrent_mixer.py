@@ -11,7 +11,7 @@ from jaxtyping import Float, Int32
 
 from metal_kernels import GatedDeltaRows, gated_delta_decode, kernels, short_conv_decode, target
 from metal_kv.attention_metadata import AttentionMetadata
-from metal_kv.pool import LayerCache
+from metal_kv.layer_cache import LayerCache
 from metal_kv.recurrent_state import state_blocks
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.joined_linear import JoinedLinear

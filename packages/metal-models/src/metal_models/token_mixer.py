@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kv.attention_metadata import AttentionMetadata
-from metal_kv.pool import LayerCache
+from metal_kv.layer_cache import LayerCache
 from metal_models.joined_linear import JoinedLinear
 from metal_models.normed_rows import NormedRows
 
