@@ -1,12 +1,18 @@
-"""A small random llama with its own tokenizer, written as a model directory."""
+"""What most tests start from: a tiny model on disk, what mlx-lm makes of it, engines and scheduler outputs."""
 
+import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 VOCAB = 160
 CONFIG = {
@@ -98,3 +104,62 @@ def mlx_lm_logprobs(model_dir: Path) -> Callable[[Sequence[int]], np.ndarray]:
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     return logprobs
+
+
+@pytest.fixture
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[..., LLM]]":
+    """Make engines that live in this process and end with the test.
+
+    An engine collects garbage several times when it starts, among 700,000 objects of libraries: frozen, they cost
+    nothing. When it ends it thaws and collects once more, which frees what an engine before it has left.
+    """
+    from vllm import LLM
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    engines: list[LLM] = []
+
+    def make(directory: Path, **options: Any) -> LLM:
+        gc.freeze()
+        engines.append(LLM(model=str(directory), **options))
+        return engines[-1]
+
+    yield make
+    for llm in engines:
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def step() -> "Callable[..., SchedulerOutput]":
+    """Builds what the scheduler would say of one step."""
+    from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+
+    def build(
+        scheduled: dict[str, int],
+        arriving: "Sequence[NewRequestData]" = (),
+        computed: dict[str, int] | None = None,
+        *,
+        blocks: dict[str, list[int]] | None = None,
+        resumed: dict[str, list[int]] | None = None,
+        finished: Sequence[str] = (),
+        preempted: Sequence[str] = (),
+    ) -> SchedulerOutput:
+        """Requests in ``computed`` were scheduled before; ``resumed`` has all token ids of those preempted since."""
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = scheduled
+        output.total_num_scheduled_tokens = sum(scheduled.values())
+        output.scheduled_new_reqs = list(arriving)
+        computed, blocks = computed or {}, blocks or {}
+        output.scheduled_cached_reqs = CachedRequestData(
+            req_ids=list(computed),
+            resumed_req_ids=set(resumed or ()),
+            new_token_ids=[],
+            all_token_ids=dict(resumed or {}),
+            new_block_ids=[(blocks[req_id],) if req_id in blocks else None for req_id in computed],
+            num_computed_tokens=list(computed.values()),
+            num_output_tokens=[0] * len(computed),
+        )
+        output.finished_req_ids = set(finished)
+        output.preempted_req_ids = set(preempted)
+        return output
+
+    return build

@@ -1,10 +1,9 @@
 """Latent and sparse attention through vLLM's engine: tokens must be mlx-lm's."""
 
-import gc
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,8 @@ def mlx_lm_model(config: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Write a model of some kind and make an engine for it that lives in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
+def engine(make_engine: Callable[..., LLM], tmp_path: Path, model_dir: Path) -> Callable[..., LLM]:
+    """Write a model of some kind and make an engine for it."""
 
     def make(config: dict[str, Any], model: Any) -> LLM:
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -78,21 +75,11 @@ def engine(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / "config.json").write_text(json.dumps(config))
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, metadata={"format": "mlx"})
-        llm = LLM(
-            model=str(tmp_path),
-            max_model_len=128,
-            max_num_seqs=4,
-            max_num_batched_tokens=32,
-            kv_cache_memory_bytes=4 << 20,
+        return make_engine(
+            tmp_path, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, kv_cache_memory_bytes=4 << 20
         )
-        engines.append(llm)
-        return llm
 
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+    return make
 
 
 def generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Encoders through vLLM's engine, in process: what transformers' models give for the same random weights."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,9 @@ def saved(directory: Path, cls: str, config: Any) -> torch.nn.Module:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        engines.append(LLM(model=str(tmp_path), **({"runner": "pooling", "max_num_seqs": 8} | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Callable[..., LLM], tmp_path: Path) -> Callable[..., LLM]:
+    """Engines over what the test has saved."""
+    return partial(make_engine, tmp_path, runner="pooling", max_num_seqs=8)
 
 
 def ids_of(text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """vLLM's own engine, in process, over the tiny model: tokens must be mlx-lm's."""
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,16 @@ Generate = Callable[[Sequence[int], int], list[int]]
 
 
 @pytest.fixture
-def engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        defaults = {
-            "max_model_len": 128,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 32,
-            "kv_cache_memory_bytes": 4 << 20,
-        }
-        engines.append(LLM(model=str(model_dir), **(defaults | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Callable[..., LLM], model_dir: Path) -> Callable[..., LLM]:
+    """Engines over the tiny llama."""
+    return partial(
+        make_engine,
+        model_dir,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        kv_cache_memory_bytes=4 << 20,
+    )
 
 
 def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: Any = GREEDY) -> list[list[int]]:

@@ -1,10 +1,10 @@
 """Models with recurrent layers through vLLM's engine: tokens must be mlx-lm's, whatever the scheduler does."""
 
-import gc
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +74,16 @@ def delta_net(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 @pytest.fixture
-def engine(delta_net: tuple[Path, Tokens], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        defaults = {
-            "max_model_len": 128,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 32,
-            "kv_cache_memory_bytes": 4 << 20,
-        }
-        engines.append(LLM(model=str(delta_net[0]), **(defaults | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Engine, delta_net: tuple[Path, Tokens]) -> Engine:
+    """Engines over the small Qwen3-Next."""
+    return partial(
+        make_engine,
+        delta_net[0],
+        max_model_len=128,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        kv_cache_memory_bytes=4 << 20,
+    )
 
 
 def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> Any:

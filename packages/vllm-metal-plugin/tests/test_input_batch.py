@@ -1,16 +1,17 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from vllm import SamplingParams
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.sampling import PromptLogprobs, SamplingState
 from vllm_metal_plugin.step_inputs import build_step_inputs
 
 VOCAB = 100
+Step = Callable[..., SchedulerOutput]
 
 
 @pytest.fixture
@@ -36,35 +37,6 @@ def new(req_id: str, prompt: Sequence[int], blocks: Sequence[int], computed: int
     )
 
 
-def step(
-    scheduled: dict[str, int],
-    *,
-    arriving: Sequence[NewRequestData] = (),
-    computed: dict[str, int] | None = None,
-    blocks: dict[str, list[int]] | None = None,
-    resumed: dict[str, list[int]] | None = None,
-    finished: Sequence[str] = (),
-    preempted: Sequence[str] = (),
-) -> SchedulerOutput:
-    output = SchedulerOutput.make_empty()
-    output.num_scheduled_tokens = scheduled
-    output.total_num_scheduled_tokens = sum(scheduled.values())
-    output.scheduled_new_reqs = list(arriving)
-    computed = computed or {}
-    output.scheduled_cached_reqs = CachedRequestData(
-        req_ids=list(computed),
-        resumed_req_ids=set(resumed or ()),
-        new_token_ids=[],
-        all_token_ids=dict(resumed or {}),
-        new_block_ids=[((blocks or {})[r],) if r in (blocks or {}) else None for r in computed],
-        num_computed_tokens=list(computed.values()),
-        num_output_tokens=[0] * len(computed),
-    )
-    output.finished_req_ids = set(finished)
-    output.preempted_req_ids = set(preempted)
-    return output
-
-
 def sample(batch: InputBatch, tokens: dict[str, int]) -> None:
     rows = np.array([batch.row_of[req_id] for req_id in tokens], np.int32)
     batch.record_sampled(rows, mx.array(list(tokens.values()), mx.int32))
@@ -77,7 +49,7 @@ def inputs_of(batch: InputBatch, scheduled: dict[str, int]) -> dict[str, list[in
     return {r: ids[starts[i] : starts[i + 1]] for i, r in enumerate(inputs.req_ids)}
 
 
-def test_prefill_then_decode_from_the_device(batch: InputBatch) -> None:
+def test_prefill_then_decode_from_the_device(batch: InputBatch, step: Step) -> None:
     scheduled = {"a": 3}
     batch.update(step(scheduled, arriving=[new("a", [5, 6, 7], [1])]))
     inputs = build_step_inputs(batch, scheduled, [4])
@@ -89,7 +61,7 @@ def test_prefill_then_decode_from_the_device(batch: InputBatch) -> None:
     assert inputs_of(batch, {"a": 1}) == {"a": [42]}
 
 
-def test_partial_prefill_does_not_emit(batch: InputBatch) -> None:
+def test_partial_prefill_does_not_emit(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 2}, arriving=[new("a", [5, 6, 7], [1])]))
     assert build_step_inputs(batch, {"a": 2}, [4]).emits.tolist() == [False]
     batch.update(step({"a": 1}, computed={"a": 2}))
@@ -98,7 +70,7 @@ def test_partial_prefill_does_not_emit(batch: InputBatch) -> None:
     assert np.array(inputs.token_ids).tolist() == [7]
 
 
-def test_decode_rows_come_first(batch: InputBatch) -> None:
+def test_decode_rows_come_first(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 3}, arriving=[new("a", [5, 6, 7], [1])]))
     sample(batch, {"a": 42})
     scheduled = {"b": 2, "a": 1}
@@ -113,7 +85,7 @@ def test_decode_rows_come_first(batch: InputBatch) -> None:
     assert np.array(inputs.metadata[0].slot_mapping).tolist() == [7, 8, 9]
 
 
-def test_rows_stay_dense(batch: InputBatch) -> None:
+def test_rows_stay_dense(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 1, "b": 2}, arriving=[new("a", [3], [1]), new("b", [4, 5], [2])]))
     sample(batch, {"a": 11, "b": 12})
     batch.update(step({"b": 1}, computed={"b": 2}, finished=["a"]))
@@ -123,21 +95,21 @@ def test_rows_stay_dense(batch: InputBatch) -> None:
     assert inputs_of(batch, {"b": 1}) == {"b": [12]}
 
 
-def test_finished_and_unknown_ids_without_tokens(batch: InputBatch) -> None:
+def test_finished_and_unknown_ids_without_tokens(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 1}, arriving=[new("a", [3], [1])]))
     batch.update(step({}, finished=["a", "never seen"]))
     assert batch.num_reqs == 0
     assert batch.block_tables[0].row(0).tolist() == []
 
 
-def test_prefix_hit_starts_after_the_computed_tokens(batch: InputBatch) -> None:
+def test_prefix_hit_starts_after_the_computed_tokens(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 2}, arriving=[new("a", [3, 4, 5, 6, 7, 8], [9, 1], computed=4)]))
     inputs = build_step_inputs(batch, {"a": 2}, [4])
     assert np.array(inputs.token_ids).tolist() == [7, 8]
     assert np.array(inputs.metadata[0].slot_mapping).tolist() == [4, 5]
 
 
-def test_preempted_request_resumes(batch: InputBatch) -> None:
+def test_preempted_request_resumes(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 2, "b": 1}, arriving=[new("a", [3, 4], [1]), new("b", [5], [2])]))
     sample(batch, {"a": 20, "b": 21})
     batch.update(step({"b": 1}, computed={"b": 1}, preempted=["a"]))
@@ -150,7 +122,7 @@ def test_preempted_request_resumes(batch: InputBatch) -> None:
     assert batch.block_tables[0].row(batch.row_of["a"]).tolist() == [7]
 
 
-def test_preempted_and_resumed_in_one_step(batch: InputBatch) -> None:
+def test_preempted_and_resumed_in_one_step(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 2}, arriving=[new("a", [3, 4], [1])]))
     sample(batch, {"a": 20})
     batch.update(step({"a": 2}, computed={"a": 0}, preempted=["a"], resumed={"a": [3, 4]}, blocks={"a": [5]}))
@@ -158,7 +130,7 @@ def test_preempted_and_resumed_in_one_step(batch: InputBatch) -> None:
     assert batch.num_tokens[0] == 2
 
 
-def test_same_id_again_replaces_the_request(batch: InputBatch) -> None:
+def test_same_id_again_replaces_the_request(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 2}, arriving=[new("a", [3, 4], [1])]))
     sample(batch, {"a": 20})
     batch.update(step({"a": 2}, arriving=[new("a", [3, 4, 20, 30, 31], [1, 2], computed=3)]))
@@ -166,7 +138,7 @@ def test_same_id_again_replaces_the_request(batch: InputBatch) -> None:
     assert inputs_of(batch, {"a": 2}) == {"a": [30, 31]}
 
 
-def test_request_left_out_of_a_step_keeps_its_token(batch: InputBatch) -> None:
+def test_request_left_out_of_a_step_keeps_its_token(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 1, "b": 1}, arriving=[new("a", [3], [1]), new("b", [4], [2])]))
     sample(batch, {"a": 11, "b": 12})
     batch.update(step({"b": 1}, computed={"b": 1}))
@@ -175,13 +147,13 @@ def test_request_left_out_of_a_step_keeps_its_token(batch: InputBatch) -> None:
     assert inputs_of(batch, {"a": 1, "b": 1}) == {"a": [11], "b": [13]}
 
 
-def test_new_blocks_are_appended(batch: InputBatch) -> None:
+def test_new_blocks_are_appended(batch: InputBatch, step: Step) -> None:
     batch.update(step({"a": 4}, arriving=[new("a", [3, 4, 5, 6], [1])]))
     batch.update(step({"a": 1}, computed={"a": 4}, blocks={"a": [6]}))
     assert batch.block_tables[0].row(0).tolist() == [1, 6]
 
 
-def test_more_requests_than_rows(batch: InputBatch) -> None:
+def test_more_requests_than_rows(batch: InputBatch, step: Step) -> None:
     arriving = [new(str(i), [i + 3], [i + 1]) for i in range(5)]
     scheduled = {str(i): 1 for i in range(5)}
     batch.update(step(scheduled, arriving=arriving))

@@ -1,10 +1,9 @@
 """Adapters through vLLM's engine, in process: tokens must be those of mlx-lm's model with merged weights."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -50,29 +49,19 @@ def merged_tokens(model_dir: Path, adapter: Path | None, prompt: Sequence[int]) 
 
 
 @pytest.fixture
-def engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        defaults = {
-            "enable_lora": True,
-            "max_loras": 2,
-            "max_lora_rank": 8,
-            "max_model_len": 128,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 32,
-            "kv_cache_memory_bytes": 4 << 20,
-        }
-        engines.append(LLM(model=str(model_dir), **(defaults | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Callable[..., LLM], model_dir: Path) -> Callable[..., LLM]:
+    """Engines over the tiny llama that take adapters."""
+    return partial(
+        make_engine,
+        model_dir,
+        enable_lora=True,
+        max_loras=2,
+        max_lora_rank=8,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        kv_cache_memory_bytes=4 << 20,
+    )
 
 
 def generate(llm: LLM, adapters: Sequence[LoRARequest | None]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
-from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
 import metal_models
@@ -21,6 +21,7 @@ from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
 BLOCK = 8
 GREEDY = SamplingParams(temperature=0.0)
 Generate = Callable[[Sequence[int], int], list[int]]
+Step = Callable[..., SchedulerOutput]
 
 
 @pytest.fixture
@@ -58,30 +59,6 @@ def new(req_id: str, prompt: Sequence[int], first_block: int, params: SamplingPa
     )
 
 
-def step(
-    scheduled: dict[str, int],
-    arriving: Sequence[NewRequestData] = (),
-    computed: dict[str, int] | None = None,
-    finished: Sequence[str] = (),
-) -> SchedulerOutput:
-    output = SchedulerOutput.make_empty()
-    output.num_scheduled_tokens = scheduled
-    output.total_num_scheduled_tokens = sum(scheduled.values())
-    output.scheduled_new_reqs = list(arriving)
-    computed = computed or {}
-    output.scheduled_cached_reqs = CachedRequestData(
-        req_ids=list(computed),
-        resumed_req_ids=set(),
-        new_token_ids=[],
-        all_token_ids={},
-        new_block_ids=[None] * len(computed),
-        num_computed_tokens=list(computed.values()),
-        num_output_tokens=[0] * len(computed),
-    )
-    output.finished_req_ids = set(finished)
-    return output
-
-
 def start(runner: ModelRunner, output: SchedulerOutput, grammar: GrammarOutput | None = None) -> Any:
     assert runner.execute_model(output) is None
     return runner.sample_tokens(grammar)
@@ -92,7 +69,9 @@ def tokens(result: Any) -> dict[str, list[int]]:
     return {req_id: output.sampled_token_ids[i] for req_id, i in output.req_id_to_index.items()}
 
 
-def test_steps_dispatched_before_earlier_ones_are_read(runner: ModelRunner, mlx_lm_tokens: Generate) -> None:
+def test_steps_dispatched_before_earlier_ones_are_read(
+    runner: ModelRunner, step: Step, mlx_lm_tokens: Generate
+) -> None:
     prompt = [1, 5, 9, 17]
     results = [start(runner, step({"a": 4}, [new("a", prompt, 1)]))]
     for i in range(5):
@@ -100,7 +79,7 @@ def test_steps_dispatched_before_earlier_ones_are_read(runner: ModelRunner, mlx_
     assert [tokens(result)["a"][0] for result in results] == mlx_lm_tokens(prompt, 6)
 
 
-def test_mixed_step_and_partial_prefill(runner: ModelRunner, mlx_lm_tokens: Generate) -> None:
+def test_mixed_step_and_partial_prefill(runner: ModelRunner, step: Step, mlx_lm_tokens: Generate) -> None:
     long = [1, *range(20, 40)]
     first = start(runner, step({"a": 3}, [new("a", [1, 33, 44], 1)]))
     second = start(runner, step({"b": 10, "a": 1}, [new("b", long, 6)], {"a": 3}))
@@ -111,13 +90,13 @@ def test_mixed_step_and_partial_prefill(runner: ModelRunner, mlx_lm_tokens: Gene
     assert tokens(third)["b"] == mlx_lm_tokens(long, 1)
 
 
-def test_step_without_tokens_is_the_empty_output(runner: ModelRunner) -> None:
+def test_step_without_tokens_is_the_empty_output(runner: ModelRunner, step: Step) -> None:
     tokens(start(runner, step({"a": 2}, [new("a", [1, 7], 1)])))
     assert runner.execute_model(step({}, finished=["a"])) is EMPTY_MODEL_RUNNER_OUTPUT
     assert runner.sample_tokens(None) is EMPTY_MODEL_RUNNER_OUTPUT
 
 
-def test_request_finished_while_its_next_step_runs(runner: ModelRunner, mlx_lm_tokens: Generate) -> None:
+def test_request_finished_while_its_next_step_runs(runner: ModelRunner, step: Step, mlx_lm_tokens: Generate) -> None:
     start(runner, step({"a": 2}, [new("a", [1, 7], 1)]))
     late = start(runner, step({"a": 1}, computed={"a": 2}))
     after = start(runner, step({"b": 3}, [new("b", [1, 33, 44], 6)], finished=["a"]))
@@ -125,7 +104,7 @@ def test_request_finished_while_its_next_step_runs(runner: ModelRunner, mlx_lm_t
     assert len(tokens(late)["a"]) == 1
 
 
-def test_blocks_are_copied_before_the_forward(runner: ModelRunner, mlx_lm_tokens: Generate) -> None:
+def test_blocks_are_copied_before_the_forward(runner: ModelRunner, step: Step, mlx_lm_tokens: Generate) -> None:
     prompt = [1, *range(20, 30)]
     tokens(start(runner, step({"a": 11}, [new("a", prompt, 1)])))
     hit = new("b", prompt, 10)
@@ -136,7 +115,7 @@ def test_blocks_are_copied_before_the_forward(runner: ModelRunner, mlx_lm_tokens
     assert tokens(start(runner, output)) == {"b": mlx_lm_tokens(prompt, 1)}
 
 
-def test_bitmask_rows_follow_their_own_order(runner: ModelRunner) -> None:
+def test_bitmask_rows_follow_their_own_order(runner: ModelRunner, step: Step) -> None:
     def only(token: int) -> np.ndarray:
         bits = np.zeros(160, bool)
         bits[token] = True
@@ -150,7 +129,7 @@ def test_bitmask_rows_follow_their_own_order(runner: ModelRunner) -> None:
     assert len(got["b"]) == 1
 
 
-def test_prompt_logprobs_come_with_the_last_chunk(runner: ModelRunner, mlx_lm_logprobs: Any) -> None:
+def test_prompt_logprobs_come_with_the_last_chunk(runner: ModelRunner, step: Step, mlx_lm_logprobs: Any) -> None:
     prompt = [1, *range(50, 62)]
     params = SamplingParams(temperature=0.0, prompt_logprobs=2)
     first = start(runner, step({"a": 5}, [new("a", prompt, 1, params)])).get_output()

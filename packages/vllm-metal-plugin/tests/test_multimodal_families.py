@@ -1,8 +1,7 @@
 """Families that ask for more: image tokens that see each other (Gemma 3), recurrent layers beside M-RoPE (Qwen3.5)."""
 
-import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,10 +144,9 @@ def reference(family: Family, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def llm(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engine = LLM(
-        model=str(tmp_path),
+def llm(reference: Any, tmp_path: Path, make_engine: Callable[..., LLM]) -> LLM:
+    return make_engine(
+        tmp_path,
         max_model_len=128,
         max_num_seqs=8,
         max_num_batched_tokens=32,
@@ -156,10 +154,6 @@ def llm(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         kv_cache_memory_bytes=16 << 20,
         limit_mm_per_prompt={"image": 3},
     )
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
-    del engine
-    gc.collect()
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

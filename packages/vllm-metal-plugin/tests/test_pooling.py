@@ -1,8 +1,8 @@
 """vLLM's pooling runner, in process, over a tiny model: rows must be those of mlx-lm's own forward pass."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,16 @@ def saved(tmp_path: Path, model_dir: Path) -> Saved:
 
 
 @pytest.fixture
-def engine(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        defaults = {"runner": "pooling", "max_model_len": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": 4 << 20}
-        engines.append(LLM(model=str(saved.directory), **(defaults | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Callable[..., LLM], saved: Saved) -> Callable[..., LLM]:
+    """Engines that pool."""
+    return partial(
+        make_engine,
+        saved.directory,
+        runner="pooling",
+        max_model_len=128,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=4 << 20,
+    )
 
 
 def inputs(prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:

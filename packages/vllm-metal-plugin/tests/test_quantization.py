@@ -92,17 +92,15 @@ def quantise_to_fp8(source: Path, stored: Path, values: Path) -> None:
 
 
 def test_served_tokens_are_those_of_the_values(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Any], model_dir: Path, tmp_path: Path
 ) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     quantise_to_fp8(model_dir, tmp_path / "stored", tmp_path / "values")
-    llm = LLM(model=str(tmp_path / "stored"), max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=4 << 20)
+    llm = make_engine(tmp_path / "stored", max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=4 << 20)
     prompt = [1, 5, 9, 17]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     (served,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    llm.llm_engine.engine_core.shutdown()
     module, _ = load_model(tmp_path / "values")
     expected = [int(token) for token, _ in generate_step(mx.array(prompt), module, max_tokens=8)]
     assert list(served.outputs[0].token_ids) == expected
