@@ -1,7 +1,9 @@
 """Start the real server for a test, and end it whatever happens."""
 
 import contextlib
+import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +30,20 @@ def environment(**extra: str) -> dict[str, str]:
     """The caller's environment without anything that would help the launch along."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "HF_", "MLX_"))}
     return {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **extra}
+
+
+@functools.cache
+def nameless_host() -> tuple[str, ...]:
+    """Words before a command that give it a hostname that does not resolve; none where this machine refuses that."""
+    if shutil.which("unshare") is None:
+        return ()
+    inside = ("unshare", "--uts", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")))
+    words = (*inside, "sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh")
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        return ()
+    lookup = "import socket; socket.gethostbyname(socket.gethostname())"
+    assert subprocess.run([*words, sys.executable, "-c", lookup], capture_output=True).returncode != 0
+    return words
 
 
 def processes_of_group(group: int) -> list[int]:
@@ -100,3 +116,21 @@ def serving(
         for pid in processes_of_group(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def assert_sigterm_ends_every_process(server: Server) -> None:
+    """Soon, although a client reads a stream that goes on for long: one hundred texts, a few at a time."""
+    client = server.client()
+    [model] = client.models.list()
+    assert len(processes_of_group(server.process.pid)) > 1
+    stream = client.completions.create(
+        model=model.id, prompt="Once", max_tokens=200, n=100, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(15)
+    while processes_of_group(server.process.pid) and time.monotonic() - start < 15:
+        time.sleep(0.1)
+    assert time.monotonic() - start < 10
+    assert processes_of_group(server.process.pid) == []
