@@ -1,12 +1,18 @@
-"""What a change must pass: ``uvx nox`` runs all of it on a Linux machine without a GPU."""
+"""What a change must pass: ``uvx nox`` runs all of it on a Linux machine without a GPU, two sessions at a time."""
 
+import fcntl
 import shutil
+import sys
 from pathlib import Path
 
 import nox
 
-nox.needs_version = ">=2025.5"
+nox.needs_version = ">=2026.8"
 nox.options.default_venv_backend = "uv"
+# Much of a session is waiting: for packages, for one core to start a server, for networks that tests let fail.
+nox.options.allow_parallel = True
+# Sessions that are named run one after another, and show what they print as they go.
+nox.options.parallel = 1 if any(word.startswith(("-s", "-e", "--session")) for word in sys.argv) else 2
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
@@ -26,6 +32,9 @@ TEST_EXTRAS = {
     "vllm-metal-plugin": {"metal-models": "multimodal", "vllm-metal-plugin": "multimodal"},
 }
 NEEDS_VLLM = ("vllm-metal-plugin", "vllm-metal-hub")
+# For mypy everything in these is Any, installed or not.
+WITHOUT_TYPES = ("vllm", "torch", "torchvision")
+DIST = ROOT / "dist"
 PYTHON = "3.11"
 # Each server that a test starts would compile vLLM and torch anew (half a minute) where the variable is set.
 TEST_ENV = {"PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -45,39 +54,18 @@ def install(session: nox.Session, dist: str, *groups: str, extras: dict[str, str
 
 def apt_install(session: nox.Session, program: str, *packages: str) -> None:
     """Install Debian packages when ``program`` is missing and this machine can."""
-    if shutil.which(program) is None and shutil.which("apt-get"):
-        sudo = ("sudo",) if shutil.which("sudo") else ()
-        session.run(*sudo, "apt-get", "update", "-qq", external=True)
-        session.run(*sudo, "apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages, external=True)
+    with Path(session.virtualenv.location).with_name("apt.lock").open("w") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        if shutil.which(program) is None and shutil.which("apt-get"):
+            sudo = ("sudo",) if shutil.which("sudo") else ()
+            session.run(*sudo, "apt-get", "update", "-qq", external=True)
+            session.run(*sudo, "apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages, external=True)
 
 
-@nox.session(python=PYTHON)
-@nox.parametrize("dist", list(LAYERS), ids=list(LAYERS))
-def tests(session: nox.Session, dist: str) -> None:
-    """Run one package's tests where only that package and the layers below it are installed."""
-    # mx.compile on MLX's CPU backend calls a C++ compiler.
-    apt_install(session, "g++", "g++")
-    install(session, dist, "test", "demo", extras=TEST_EXTRAS.get(dist))
-    check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
-    # Files are spread over two processes: fixtures are made once in a file.
-    command = ["pytest", f"packages/{dist}/tests", check, "-q", "-m", "not slow", "-n", "2", "--dist", "loadfile"]
-    command += session.posargs
-    session.run(*command, env=TEST_ENV)
-
-
-@nox.session(python=PYTHON, default=False)
-def parity(session: nox.Session) -> None:
-    """Compare every architecture with mlx-lm's own generation, and run the other slow model tests; nightly."""
-    apt_install(session, "g++", "g++")
-    install(session, "metal-models", "test", "demo", extras=TEST_EXTRAS["metal-models"])
-    session.run("pytest", "packages/metal-models/tests", "-q", "-m", "slow", *session.posargs, env=TEST_ENV)
-
-
-@nox.session(python=PYTHON)
-def layers(session: nox.Session) -> None:
-    """Check the import rules between the packages and, exhaustively, inside each."""
-    install(session, "vllm-metal-hub", "lint")
-    session.run("lint-imports")
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Run tests: in one process beside another session, else in two, and each file in one of them."""
+    spread = () if session.parallel else ("-n", "2", "--dist", "loadfile")
+    session.run("pytest", *arguments, "-q", "-m", "not slow", *spread, *session.posargs, env=TEST_ENV)
 
 
 @nox.session(python=PYTHON)
@@ -89,38 +77,63 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def layers(session: nox.Session) -> None:
+    """Check the import rules between the packages and, exhaustively, inside each."""
+    session.install("--group", "lint", "--constraint", "requirements-dev.lock")
+    session.install("--no-deps", *(f"./packages/{name}" for name in LAYERS))
+    session.run("lint-imports")
+
+
+@nox.session(python=PYTHON)
+def wheels(session: nox.Session) -> None:
+    """Build every wheel and look inside."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("uv", "build", "--all-packages", "--wheel", "--out-dir", str(DIST), "--quiet", external=True)
+    session.run("python", "scripts/check_wheels.py", str(DIST))
+
+
+# The longest goes first, so that it does not end alone.
+@nox.session(python=PYTHON, requires=["wheels"])
+def e2e(session: nox.Session) -> None:
+    """Install the wheels with install.sh as a user does, and drive the real server with real clients and weights."""
+    apt_install(session, "g++", "g++")
+    venv = session.virtualenv.location
+    session.run("bash", "scripts/install.sh", "--wheels", str(DIST), "--venv", venv, env=TEST_ENV, external=True)
+    session.install("--group", "test", "--group", "demo", "--constraint", "requirements-dev.lock")
+    pytest(session, "tests/e2e")
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("dist", list(LAYERS), ids=list(LAYERS))
+def tests(session: nox.Session, dist: str) -> None:
+    """Run one package's tests where only that package and the layers below it are installed."""
+    # mx.compile on MLX's CPU backend calls a C++ compiler.
+    apt_install(session, "g++", "g++")
+    install(session, dist, "test", "demo", extras=TEST_EXTRAS.get(dist))
+    check = f"--jaxtyping-packages={LAYERS[dist]},beartype.beartype"
+    pytest(session, f"packages/{dist}/tests", check)
+
+
+@nox.session(python=PYTHON, default=False)
+def parity(session: nox.Session) -> None:
+    """Compare every architecture with mlx-lm's own generation, and run the other slow model tests; nightly."""
+    apt_install(session, "g++", "g++")
+    install(session, "metal-models", "test", "demo", extras=TEST_EXTRAS["metal-models"])
+    session.run("pytest", "packages/metal-models/tests", "-q", "-m", "slow", *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=PYTHON)
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "vllm-metal-hub", "lint", "test")
-    for name in LAYERS.values():
-        session.run("mypy", "-p", name)
+    overrides = Path(session.create_tmp()) / "overrides.txt"
+    overrides.write_text("".join(f"{name}; sys_platform == 'never'\n" for name in WITHOUT_TYPES))
+    paths = [f"./packages/{name}" + ("[cpu]" if name == "metal-kernels" else "") for name in LAYERS]
+    locked = ("--constraint", "requirements-dev.lock", "--overrides", str(overrides))
+    session.install(*paths, "uvicorn", "--group", "lint", "--group", "test", *locked)  # vllm would bring uvicorn
+    session.run("mypy", *(flag for name in LAYERS.values() for flag in ("-p", name)))
 
 
 @nox.session(python=PYTHON)
 def lock(session: nox.Session) -> None:
     """Check that both lock files still follow from the pyproject files."""
     session.run("python", "scripts/lock.py", "--check")
-
-
-@nox.session(python=PYTHON)
-def wheels(session: nox.Session) -> None:
-    """Build every wheel, install the meta-package from those files with install.sh, and look inside."""
-    dist = ROOT / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.run("uv", "build", "--all-packages", "--wheel", "--out-dir", str(dist), "--quiet", external=True)
-    session.run("python", "scripts/check_wheels.py", str(dist))
-    venv = Path(session.create_tmp()) / "venv"
-    shutil.rmtree(venv, ignore_errors=True)
-    session.run("bash", "scripts/install.sh", "--wheels", str(dist), "--venv", str(venv), external=True)
-    imports = "; ".join(f"import {name}" for name in LAYERS.values())
-    session.run(str(venv / "bin/python"), "-c", imports, external=True)
-
-
-@nox.session(python=PYTHON)
-def e2e(session: nox.Session) -> None:
-    """Drive the real server with real clients, real (small) weights, on MLX's CPU backend."""
-    apt_install(session, "g++", "g++")
-    install(session, "vllm-metal-hub", "test", "demo", extras=TEST_EXTRAS["vllm-metal-plugin"])
-    # A server's start keeps one core busy.
-    command = ["pytest", "tests/e2e", "-q", "-m", "not slow", "-n", "2", "--dist", "loadfile"]
-    session.run(*command, *session.posargs, env=TEST_ENV)
