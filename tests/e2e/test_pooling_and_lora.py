@@ -87,9 +87,12 @@ def test_embeddings(tmp_path: Path) -> None:
         encoded = client.embeddings.create(model="tiny", input=texts)
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="tiny", prompt="w5")
-    for text, item, other in zip(texts, answer.data, encoded.data, strict=True):
-        row = np.array(model.model(mx.array([[int(word[1:]) for word in text.split()]]))[0, -1])
-        np.testing.assert_allclose(item.embedding, row / np.linalg.norm(row), atol=2e-5)
+        scored = post(server, "score", model="tiny", queries=texts[0], documents=texts[1:])
+    rows = [np.array(model.model(mx.array([[int(word[1:]) for word in text.split()]]))[0, -1]) for text in texts]
+    expected = [row / np.linalg.norm(row) for row in rows]
+    assert scores_of(*scored) == pytest.approx([expected[0] @ row for row in expected[1:]], abs=2e-5)
+    for row, item, other in zip(expected, answer.data, encoded.data, strict=True):
+        np.testing.assert_allclose(item.embedding, row, atol=2e-5)
         np.testing.assert_allclose(other.embedding, item.embedding, atol=1e-6)
         assert math.isclose(np.linalg.norm(item.embedding), 1, abs_tol=1e-4)
 
@@ -139,6 +142,9 @@ def encoded(model: Any, *texts: str) -> Any:
         return model(torch.tensor([ids]))
 
 
+# The routes are those of the decoder above, the process that of the reranker below, the numbers those of the plugin's
+# own tests.
+@pytest.mark.slow
 def test_embeddings_of_an_encoder(tmp_path: Path) -> None:
     model = write_encoder(tmp_path / "model", "XLMRobertaModel")
     texts = ["w5 w9 w17", "w40 " * 50, "w4"]
@@ -147,14 +153,12 @@ def test_embeddings_of_an_encoder(tmp_path: Path) -> None:
         answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
         with pytest.raises(openai.BadRequestError, match="128"):
             client.embeddings.create(model="tiny", input="w5 " * 127)
-        status, text = post(server, "score", model="tiny", queries=texts[0], documents=texts[1:])
+        scored = post(server, "score", model="tiny", queries=texts[0], documents=texts[1:])
     expected = [encoded(model, text).last_hidden_state[0, 0].numpy() for text in texts]
     expected = [row / np.linalg.norm(row) for row in expected]
     for item, row in zip(answer.data, expected, strict=True):
         np.testing.assert_allclose(item.embedding, row, atol=2e-5)
-    assert status == 200
-    scores = [item["score"] for item in json.loads(text)["data"]]
-    np.testing.assert_allclose(scores, [expected[0] @ row for row in expected[1:]], atol=2e-5)
+    assert scores_of(*scored) == pytest.approx([expected[0] @ row for row in expected[1:]], abs=2e-5)
 
 
 def test_reranking(tmp_path: Path) -> None:
@@ -163,9 +167,12 @@ def test_reranking(tmp_path: Path) -> None:
     with serving(tmp_path / "model", tmp_path / "log", "--served-model-name", "tiny") as server:
         ranked = post(server, "rerank", model="tiny", query=query, documents=documents)
         scored = post(server, "score", model="tiny", queries=query, documents=documents)
+        refused = post(server, "score", model="tiny", queries=query, documents="w5 " * 127)
+    assert refused[0] == 400
+    assert "128" in refused[1]
     expected = [float(encoded(model, query, document).logits.sigmoid()) for document in documents]
-    assert ranked[0] == scored[0] == 200
-    np.testing.assert_allclose([item["score"] for item in json.loads(scored[1])["data"]], expected, atol=2e-5)
+    assert ranked[0] == 200
+    assert scores_of(*scored) == pytest.approx(expected, abs=2e-5)
     results = json.loads(ranked[1])["results"]
     assert [item["index"] for item in results] == list(np.argsort(expected)[::-1])
     for item in results:
@@ -181,6 +188,11 @@ def post(server: Server, path: str, **body: Any) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def scores_of(status: int, text: str) -> list[float]:
+    assert status == 200, text
+    return [item["score"] for item in json.loads(text)["data"]]
 
 
 def test_adapters_at_start_and_at_run_time(tmp_path: Path) -> None:
