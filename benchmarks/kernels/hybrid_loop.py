@@ -19,7 +19,7 @@ import numpy as np
 from decode_loop import Loop, mlx_lm_rate, timed, tokens_per_second
 
 from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, unify_page_sizes
-from metal_kv.spec import AttentionSpec, LatentSpec
+from metal_kv.spec import AttentionSpec, LatentSpec, RecurrentStateSpec
 from metal_models import PagedModel
 from metal_models.registry import build
 
@@ -95,6 +95,51 @@ MODELS: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": True,
         "full_attn_idxs": [2, 5, 8, 10, 12, 14],
     },
+    "mamba2": _COMMON  # as Mamba2-1.3B
+    | {
+        "model_type": "mamba2",
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 48,
+        "num_heads": 64,
+        "head_dim": 64,
+        "state_size": 128,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+        "time_step_limit": [0.0, 1e9],
+        "time_step_rank": "auto",
+    },
+    "granite-hybrid": _COMMON  # as Granite 4.0 H Micro
+    | {
+        "model_type": "granitemoehybrid",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "shared_intermediate_size": 8192,
+        "num_hidden_layers": 40,
+        "layer_types": [("attention" if layer in (5, 15, 25, 35) else "mamba") for layer in range(40)],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "attention_bias": False,
+        "position_embedding_type": "nope",
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 64,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_d_conv": 4,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+    },
     "latent": _LATENT | {"num_hidden_layers": 24, "n_routed_experts": None},
     "latent-experts": _LATENT | {"num_hidden_layers": 12, "n_routed_experts": 64, "first_k_dense_replace": 1},
 }
@@ -122,7 +167,9 @@ class HybridLoop(Loop):
     def __init__(self, model: PagedModel, reqs: int, context: int, steps: int) -> None:
         self.model = model
         self.vocab_size = vocab_size(model.config)
-        specs = unify_page_sizes(model.kv_cache_specs(BLOCK_SIZE))
+        specs = model.kv_cache_specs(BLOCK_SIZE)
+        states_alone = all(isinstance(spec, RecurrentStateSpec) for spec in specs.values())
+        specs = unify_page_sizes(specs, state_block_size=context + steps if states_alone else None)
         by_kind: dict[Any, list[str]] = {}
         for name, spec in specs.items():
             by_kind.setdefault(spec, []).append(name)

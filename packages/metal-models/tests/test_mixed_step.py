@@ -14,7 +14,10 @@ from metal_models.decode_families import mixed_program
 from metal_models.mixed_step import MixedStep
 
 BLOCK_SIZE = 4
-FAMILIES = ["qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe", "deepseek_v3", "glm4_moe_lite"]
+FAMILIES = [
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe", "deepseek_v3", "glm4_moe_lite", "mamba2",
+    "granitemoehybrid", "nemotron_h", "falcon_h1",
+]  # fmt: skip
 
 
 def pool_of(model):
@@ -39,9 +42,8 @@ def metadata_of(query_lens, seq_lens, groups):
 
 def step_of(model, pool):
     program = mixed_program(model.module)
-    names = pool.layer_names
-    wanted = [f"layers.{index}.{layer.mixer.keeps}" for index, layer in enumerate(program.layers)]
-    assert set(wanted) <= set(names)
+    wanted = program.caches([f"layers.{index}" for index in range(program.num_caches)])
+    assert set(wanted) <= set(pool.layer_names)
     return MixedStep(program, [pool.layer(name) for name in wanted], compiled=False)
 
 
@@ -75,7 +77,7 @@ def test_gives_the_tokens_of_the_plain_path(tiny, name, bits):
         assert tokens[0].tolist() == tokens[1].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "mamba2"])
 def test_requests_that_start_with_one_token(tiny, name):
     model = tiny(name)
     (pool, groups), (plain_pool, _) = pool_of(model), pool_of(model)
@@ -89,7 +91,7 @@ def test_requests_that_start_with_one_token(tiny, name):
 
 
 def test_other_families_have_no_program(tiny):
-    assert mixed_program(tiny("mamba2").module) is None
+    assert mixed_program(tiny("jamba").module) is None
 
 
 def test_kernels_that_are_switched_off_leave_no_program(tiny):

@@ -23,6 +23,7 @@ from metal_kernels.host_memory import keep_with_host
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.latent_decode import latent_decode, latent_rope_and_cache
 from metal_kernels.linear_weights import LinearWeights
+from metal_kernels.mamba2_rows import Mamba2Rows
 from metal_kernels.paged_attention import paged_attention
 from metal_kernels.quantized_cache import (
     quantized_gather_kv_cache,
@@ -30,7 +31,7 @@ from metal_kernels.quantized_cache import (
     quantized_reshape_and_cache,
 )
 from metal_kernels.ragged import RaggedBatch
-from metal_kernels.recurrent_decode import gated_delta_decode, short_conv_decode
+from metal_kernels.recurrent_decode import gated_delta_decode, mamba2_decode, short_conv_decode
 from metal_kernels.reshape_and_cache import reshape_and_cache
 from metal_kernels.rope_and_attend import rope_and_attend
 from metal_kernels.rope_and_cache import rope_and_cache
@@ -67,6 +68,8 @@ __all__ = [
     "GatedDeltaRows",
     "HeadPart",
     "gated_delta_decode",
+    "Mamba2Rows",
+    "mamba2_decode",
     "short_conv_decode",
     # experts on few rows
     "choose_experts",

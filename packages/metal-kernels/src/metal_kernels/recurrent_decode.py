@@ -8,6 +8,7 @@ from metal_kernels.checks import require_rows
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.gated_delta_rows import GatedDeltaRows
+from metal_kernels.mamba2_rows import Mamba2Rows
 
 
 def gated_delta_decode(
@@ -104,6 +105,66 @@ def short_conv_decode(
     if isinstance(decode, kernels.Accepted) and tokens and kernels.writes_in_place():
         return kernels.short_conv_decode(projected, pages, blocks, conv=conv, bias=bias, order_token=order_token)
     return reference.short_conv_decode(projected, pages, blocks, conv=conv, bias=bias)
+
+
+def mamba2_decode(
+    projected: Float[mx.array, "tokens width"],
+    pages: UInt32[mx.array, "blocks words"],
+    blocks: Int32[mx.array, "slots"],
+    rows: Mamba2Rows,
+    *,
+    conv: Float[mx.array, "channels taps"],
+    bias: Float[mx.array, "channels"] | None,
+    heads: Float[mx.array, "numbers"],
+    limits: tuple[float, float],
+    gated: bool,
+    order_token: mx.array | None = None,
+) -> tuple[Float[mx.array, "tokens values"], UInt32[mx.array, "blocks words"]]:
+    """Compute one token of a Mamba 2 layer (arXiv:2405.21060) for each request, and leave its state in a page.
+
+    Convolution and SiLU, the selective state space, and the gate; what norms the result sees all heads and is left to
+    the caller. What :func:`gated_delta_decode` says of pages, blocks and order holds here too.
+
+    Args:
+        projected: The layer's projection of each row, as ``rows`` says.
+        pages: Pages of one layer; each starts with a state.
+        blocks: For each row the block of its state, then the block that the new state goes to.
+        rows: What ``projected`` holds.
+        conv: Weights of the convolution, the oldest token's first.
+        bias: Added to what the convolution makes of each channel.
+        heads: Bias of every head's time step, ``-exp(A)`` of every head, and its skip ``D``; float32, at least 8
+            elements.
+        limits: Least and largest time step.
+        gated: Whether the result is multiplied with the SiLU of the gate; else the caller does that.
+        order_token: Of the last write to the pages, where ``projected`` does not follow from it.
+
+    Returns:
+        The values of all heads, and the pages.
+
+    Raises:
+        MetalKernelsError: Shapes do not fit together.
+    """
+    tokens = projected.shape[0]
+    require_rows("mamba2_decode", "projected", projected, (tokens, rows.width))
+    require_rows("mamba2_decode", "conv", conv, (rows.channels, rows.taps))
+    if bias is not None:
+        require_rows("mamba2_decode", "bias", bias, (rows.channels,))
+    _require_pages("mamba2_decode", pages, sum(rows.state_words(projected.dtype)))
+    _require_blocks("mamba2_decode", blocks, tokens)
+    if heads.size < max(8, 3 * rows.heads):
+        raise MetalKernelsError(
+            f"[mamba2_decode] expected three numbers for each of {rows.heads} heads and at least 8, got {heads.size}. "
+            "Pad with zeros."
+        )
+    decode = kernels.mamba2_kernel(target(), projected.dtype, pages.shape[1], rows)
+    if isinstance(decode, kernels.Accepted) and tokens and kernels.writes_in_place():
+        return kernels.mamba2_decode(
+            projected, pages, blocks, rows, decode.variant,
+            conv=conv, bias=bias, heads=heads, limits=limits, gated=gated, order_token=order_token,
+        )  # fmt: skip
+    return reference.mamba2_decode(
+        projected, pages, blocks, rows, conv=conv, bias=bias, heads=heads, limits=limits, gated=gated
+    )
 
 
 def _require_pages(operation: str, pages: mx.array, words: int) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import metal_kernels
-from metal_kernels import GatedDeltaRows, HeadPart, kernels, reference
+from metal_kernels import GatedDeltaRows, HeadPart, Mamba2Rows, kernels, reference
 from metal_kernels.kernels.dispatch import FLOAT_DTYPES
 
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
@@ -186,6 +186,101 @@ def test_short_conv(decode, dtype, width, taps, biased):
     tolerance = TOLERANCE[dtype]
     np.testing.assert_allclose(exact(out), want, rtol=tolerance, atol=tolerance)
     check_pages(written, before, [(taps - 1, width)], [dtype], [seen[:, 1:]], tolerance)
+
+
+def mamba_inputs(rows, dtype, biased, padding=4):
+    rng = np.random.default_rng(0)
+    states = [
+        random(rng, BLOCKS, *shape, dtype=kind)
+        for shape, kind in zip(rows.state_shapes, (dtype, mx.float32), strict=True)
+    ]
+    states = [mx.where((mx.arange(BLOCKS) == 0).reshape(-1, *[1] * (a.ndim - 1)), 0, a) for a in states]
+    pages = mx.pad(packed(states), [(0, 0), (0, padding)], constant_values=7)
+    projected = random(rng, 2 * len(AFTER), rows.width, dtype=dtype)[::2]
+    heads = [random(rng, rows.heads), -mx.exp(random(rng, rows.heads)), random(rng, rows.heads)]
+    weights = {
+        "conv": random(rng, rows.channels, rows.taps, dtype=dtype),
+        "bias": random(rng, rows.channels, dtype=dtype) if biased else None,
+        "heads": mx.pad(mx.concatenate(heads), (0, 8)),
+    }
+    mx.eval(pages, projected, [array for array in weights.values() if array is not None])
+    return projected, states, pages, weights
+
+
+def mamba_wanted(rows, projected, states, weights, limits, gated):
+    """Return the outputs and the two arrays of the new states, token by token and head by head."""
+    histories, memories = (exact(a) for a in states)
+    bias = 0 if weights["bias"] is None else exact(weights["bias"])
+    numbers = exact(weights["heads"])
+    outs, new_histories, new_memories = [], [], []
+    for x, block in zip(exact(projected), BEFORE, strict=True):
+        gate, newest, times = np.split(x, [rows.values, rows.values + rows.channels])
+        seen = np.vstack([histories[block], newest])
+        mixed = silu((seen * exact(weights["conv"]).T).sum(axis=0) + bias)
+        out, memory = np.zeros((rows.heads, rows.head_size)), memories[block].copy()
+        for head in range(rows.heads):
+            group = head // (rows.heads // rows.groups)
+            value = mixed[head * rows.head_size :][: rows.head_size]
+            writing, reading = (
+                mixed[rows.values + (kind * rows.groups + group) * rows.state_size :][: rows.state_size]
+                for kind in (0, 1)
+            )
+            time = np.clip(np.log1p(np.exp(times[head] + numbers[head])), *limits)
+            memory[head] *= np.exp(numbers[rows.heads + head] * time)
+            memory[head] += np.outer(value * time, writing)
+            out[head] = memory[head] @ reading + numbers[2 * rows.heads + head] * value
+        outs.append(out.reshape(-1) * (silu(gate) if gated else 1))
+        new_histories.append(seen[1:])
+        new_memories.append(memory)
+    return np.stack(outs), np.stack(new_histories), np.stack(new_memories)
+
+
+@pytest.mark.parametrize("decode", [kernels, reference], ids=["kernel", "twin"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "biased", "gated", "limits"),
+    [
+        ((4, 32, 1, 32, 4), mx.float32, True, True, (0.0, float("inf"))),
+        ((4, 64, 2, 64, 4), mx.float16, True, False, (0.001, 1.0)),
+        ((2, 20, 2, 128, 2), mx.bfloat16, False, True, (0.001, 100.0)),
+        ((2, 64, 1, 256, 4), mx.bfloat16, True, True, (0.0, float("inf"))),
+    ],
+)
+def test_mamba2(decode, sizes, dtype, biased, gated, limits):
+    rows = Mamba2Rows(*sizes)
+    projected, states, pages, weights = mamba_inputs(rows, dtype, biased)
+    before = mx.array(np.array(pages))
+    blocks = mx.array(BEFORE + AFTER, mx.int32)
+    options = {"limits": limits, "gated": gated, **weights}
+    if decode is kernels:
+        for target in ("metal", "cuda"):
+            found = kernels.mamba2_kernel(target, dtype, pages.shape[1], rows)
+            assert isinstance(found, kernels.Accepted)
+        options["variant"] = found.variant
+    out, written = decode.mamba2_decode(projected, pages, blocks, rows, **options)
+    mx.eval(out, written)
+    assert out.dtype == dtype
+    assert (written is pages) == (decode is kernels)
+    want, *new_states = mamba_wanted(rows, projected, states, weights, limits, gated)
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(exact(out), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+    check_pages(written, before, rows.state_shapes, (dtype, mx.float32), new_states, tolerance)
+
+
+def test_mamba2_kernel_says_why_not():
+    def why(target="cuda", dtype=mx.bfloat16, words=4096, sizes=(4, 32, 1, 32, 4)):
+        return kernels.mamba2_kernel(target, dtype, words, Mamba2Rows(*sizes)).why
+
+    assert "CPU" in why("cpu")
+    assert "int32" in why(dtype=mx.int32)
+    assert "16 numbers" in why(sizes=(4, 32, 1, 16, 4))
+    assert "16 bytes" in why(words=4098)
+    rows = Mamba2Rows(4, 32, 1, 32, 4)
+    projected, _, pages, weights = mamba_inputs(rows, mx.float32, True)
+    with pytest.raises(metal_kernels.MetalKernelsError, match="three numbers"):
+        metal_kernels.mamba2_decode(
+            projected, pages, mx.array(BEFORE + AFTER, mx.int32), rows, limits=(0.0, 1.0), gated=True,
+            **(weights | {"heads": weights["heads"][:9]}),
+        )  # fmt: skip
 
 
 def test_wrong_shapes_are_refused():

@@ -30,6 +30,7 @@ class AttentionMixer(TokenMixer):
         output: Projection of the result.
         norms: Of query heads and key heads, or None.
         gated: Whether the result is gated by the sigmoid of a projection.
+        factor: Of the result.
     """
 
     rotation: Rotation
@@ -39,6 +40,7 @@ class AttentionMixer(TokenMixer):
     output: JoinedLinear
     norms: tuple[nn.RMSNorm, nn.RMSNorm] | None
     gated: bool = False
+    factor: float = 1.0
     keeps = "attn"
 
     def served(self, cache: LayerCache) -> bool:
@@ -86,6 +88,8 @@ class BoundAttention(PlannedMixer):
         if mixer.gated:
             gated = qkv[:, : 2 * attended.size // tokens].reshape(tokens, mixer.q_heads, 2, -1)
             attended = attended * mx.sigmoid(gated[:, :, 1])
+        if mixer.factor != 1.0:
+            attended = attended * mixer.factor
         return attended.reshape(tokens, -1)
 
 

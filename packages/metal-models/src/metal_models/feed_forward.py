@@ -24,6 +24,10 @@ class FeedForward(ABC):
     def __call__(self, rows: NormedRows) -> Float[mx.array, "tokens width"]:
         """Return what ``output`` takes."""
 
+    def add_to(self, rows: NormedRows, norm: Any) -> NormedRows:
+        """Return the rows after this part, seen through ``norm``."""
+        return rows.plus(self(rows), self.output, norm)
+
 
 class ModuleFeedForward(FeedForward):
     """A module of the model's own.
@@ -39,6 +43,24 @@ class ModuleFeedForward(FeedForward):
         """Return what is added to the residual."""
         out: mx.array = self._module(rows.normed)
         return out
+
+
+class ScaledFeedForward(FeedForward):
+    """A feed-forward part whose result is multiplied with a number.
+
+    Args:
+        inner: The part; its last projection has no bias.
+        factor: The number.
+    """
+
+    def __init__(self, inner: FeedForward, factor: float) -> None:
+        self._inner = inner
+        self._factor = factor
+        self.output = inner.output
+
+    def __call__(self, rows: NormedRows) -> Float[mx.array, "tokens width"]:
+        """Return what ``output`` takes."""
+        return self._inner(rows) * self._factor
 
 
 class GatedFeedForward(FeedForward):

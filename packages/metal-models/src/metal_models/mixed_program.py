@@ -5,11 +5,14 @@ The plain path, mlx-lm's own modules over views of the cache, is the specificati
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int32
 
+from metal_models.decode_program import Rotation, find_rotations
 from metal_models.feed_forward import FeedForward
 from metal_models.normed_rows import NormedRows
 from metal_models.token_mixer import BoundMixer, StepRows, TokenMixer
@@ -20,16 +23,26 @@ class MixedLayer:
     """One layer.
 
     Attributes:
-        mixer: Attention or recurrence.
-        mixer_norm: Of the rows that the mixer takes.
-        feed_forward: What follows.
-        feed_forward_norm: Of the rows that the feed-forward part takes.
+        mixer: Attention or recurrence; None for a feed-forward part alone.
+        mixer_norm: Of the rows that the layer takes.
+        feed_forward: What follows, if anything does.
+        feed_forward_norm: Of the rows that the feed-forward part takes from a mixer.
+        beside: Another mixer that takes the same rows. Its cache is then the layer's first, ``mixer``'s the second.
     """
 
-    mixer: TokenMixer
+    mixer: TokenMixer | None
     mixer_norm: nn.RMSNorm
-    feed_forward: FeedForward
-    feed_forward_norm: nn.RMSNorm
+    feed_forward: FeedForward | None = None
+    feed_forward_norm: nn.RMSNorm | None = None
+    beside: TokenMixer | None = None
+
+    def caches(self, name: str) -> dict[str, TokenMixer]:
+        """Return the mixers of the layer ``name`` by the names of their caches."""
+        if self.mixer is None:
+            return {}
+        if self.beside is None:
+            return {f"{name}.{self.mixer.keeps}": self.mixer}
+        return {f"{name}.0.{self.beside.keeps}": self.beside, f"{name}.1.{self.mixer.keeps}": self.mixer}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +59,16 @@ class MixedProgram:
     layers: Sequence[MixedLayer]
     norm: nn.RMSNorm
 
+    @property
+    def num_caches(self) -> int:
+        """Layers that have caches."""
+        return sum(layer.mixer is not None for layer in self.layers)
+
+    def caches(self, names: Sequence[str]) -> dict[str, TokenMixer]:
+        """Return the mixers by the names of their caches, for layers with caches called ``names``."""
+        layers = zip((layer for layer in self.layers if layer.mixer is not None), names, strict=True)
+        return {cache: mixer for layer, name in layers for cache, mixer in layer.caches(name).items()}
+
     def __call__(
         self, token_ids: Int32[mx.array, "tokens"], mixers: Sequence[BoundMixer], step: StepRows
     ) -> Float[mx.array, "tokens hidden"]:
@@ -53,12 +76,38 @@ class MixedProgram:
 
         Args:
             token_ids: One id for each row.
-            mixers: Those of the layers, over their pages.
+            mixers: Those of the layers, over their pages; of a layer with two the one beside first.
             step: What the layers share.
         """
         rows = NormedRows(self.embed(token_ids), self.layers[0].mixer_norm)
         next_norms = [layer.mixer_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, mixer, next_norm in zip(self.layers, mixers, next_norms, strict=True):
-            rows = rows.plus(mixer(rows, step), mixer.output, layer.feed_forward_norm)
-            rows = rows.plus(layer.feed_forward(rows), layer.feed_forward.output, next_norm)
+        bound = iter(mixers)
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            if layer.beside is not None:
+                mixer = next(bound)
+                rows = rows.with_added(mixer(rows, step), mixer.output)
+            if layer.mixer is not None:
+                mixer = next(bound)
+                rows = rows.plus(mixer(rows, step), mixer.output, layer.feed_forward_norm or next_norm)
+            if layer.feed_forward is not None:
+                rows = layer.feed_forward.add_to(rows, next_norm)
         return rows.normed
+
+
+def rotations_of(attention: Sequence[Any]) -> dict[int, Rotation] | None:
+    """Return the rotation of every attention module, by the module's ``id``; None for a rotation of unknown kind."""
+    rotations = find_rotations([module.rope for module in attention])
+    if rotations is None:
+        return None
+    return {id(module): rotation for module, rotation in zip(attention, rotations, strict=True)}
+
+
+@cache
+def unrotated(head_size: int) -> Rotation:
+    """Return the rotation of heads that are not rotated: by nothing."""
+    return Rotation(_as_they_are, head_size, False)
+
+
+def _as_they_are(rows: mx.array, offset: mx.array) -> mx.array:
+    del offset
+    return rows

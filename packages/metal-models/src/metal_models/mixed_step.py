@@ -25,16 +25,15 @@ class MixedStep:
 
     Args:
         program: The model's layers.
-        caches: The pool's layers, in the same order.
+        caches: The pool's layers, in the order of the mixers.
         compiled: Whether steps are compiled and kernels write in place; else they run on any device, through the
             kernels' twins.
     """
 
     def __init__(self, program: MixedProgram, caches: Sequence[LayerCache], *, compiled: bool) -> None:
         self._program = program
-        self._mixers = [
-            layer.mixer.bind(cache, in_place=compiled) for layer, cache in zip(program.layers, caches, strict=True)
-        ]
+        mixers = [mixer for layer in program.layers for mixer in layer.caches("").values()]
+        self._mixers = [mixer.bind(cache, in_place=compiled) for mixer, cache in zip(mixers, caches, strict=True)]
         self._packers: dict[Hashable, BoundMixer] = {mixer.key: mixer for mixer in reversed(self._mixers)}
         self._states = [cache for cache in caches if isinstance(cache.spec, RecurrentStateSpec)]
         self._compiled = compiled
@@ -115,15 +114,15 @@ def mixed_step(program: MixedProgram | None, names: Sequence[str], pool: KVCache
 
     Args:
         program: The model's layers.
-        names: One for each layer; its cache's name begins with it.
+        names: One for each layer that has caches; their names begin with it.
         pool: The pool.
     """
-    if program is None or target() == "cpu" or len(names) != len(program.layers):
+    if program is None or target() == "cpu" or len(names) != program.num_caches:
         return None
-    wanted = [f"{name}.{layer.mixer.keeps}" for name, layer in zip(names, program.layers, strict=True)]
-    if not set(wanted) <= set(pool.layer_names):
+    mixers = program.caches(names)
+    if not set(mixers) <= set(pool.layer_names):
         return None
-    caches = [pool.layer(name) for name in wanted]
-    if not all(layer.mixer.served(cache) for layer, cache in zip(program.layers, caches, strict=True)):
+    caches = {name: pool.layer(name) for name in mixers}
+    if not all(mixer.served(caches[name]) for name, mixer in mixers.items()):
         return None
-    return MixedStep(program, caches, compiled=True)
+    return MixedStep(program, list(caches.values()), compiled=True)

@@ -46,11 +46,25 @@ class NormedRows:
             return linear.fused(self.normed, gated=True)
         return silu_and_mul(linear(self.normed))
 
-    def plus(self, rows: Float[mx.array, "tokens width"], linear: JoinedLinear | None, norm: Any) -> "NormedRows":
-        """Return the rows after adding to the residual.
+    def with_added(self, rows: Float[mx.array, "tokens width"], linear: JoinedLinear | None) -> "NormedRows":
+        """Return rows that are seen as before, and to which what ``linear`` makes of ``rows`` has been added.
 
         Args:
             rows: What is added, or what ``linear`` makes it from.
+            linear: A last projection, if there is one.
+        """
+        normed = self.normed
+        if linear is not None and linear.fuses(rows.dtype, rows.shape[0]):
+            return NormedRows(linear.fused(rows, residual=self._residual), self._norm, normed)
+        return NormedRows(self._residual + (rows if linear is None else linear(rows)), self._norm, normed)
+
+    def plus(
+        self, rows: Float[mx.array, "tokens *parts width"], linear: JoinedLinear | None, norm: Any
+    ) -> "NormedRows":
+        """Return the rows after adding to the residual.
+
+        Args:
+            rows: What is added, or what ``linear`` makes it from; or parts that are summed and added.
             linear: The layer's last projection, if it has one.
             norm: Through which the next layer sees the sum.
         """

@@ -1,6 +1,7 @@
 """vLLM's cache specs and configuration in terms of metal_kv, and back."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -37,8 +38,9 @@ def plan_states(
 ) -> dict[str, metal_kv.KVCacheSpec]:
     """Make pages of keys and values as large as pages of recurrent states, if there are any, so that they share bytes.
 
-    With prefix caching a request keeps a state for every block that it fills, else one state in one block. The block
-    size that follows is written into vLLM's cache configuration.
+    With prefix caching a request keeps a state for every block that it fills, else one state in one block. Where all
+    blocks are equally long, the last step of a prompt leaves the state at the end of the last full block as well: the
+    prompt needs no other step for it. The block size that follows is written into vLLM's cache configuration.
 
     Args:
         specs: The model's own specs by layer name.
@@ -54,6 +56,9 @@ def plan_states(
         state_block_size=None if aligned else vllm_config.model_config.max_model_len,
         blocks_per_request=2 if aligned else 1,
     )
+    if aligned and _keeps_states_inside_steps(planned, vllm_config):
+        for name in states:
+            planned[name] = replace(planned[name], blocks_per_request=3)  # type: ignore[call-arg]
     rows = [spec.block_size for name, spec in planned.items() if name not in states]
     cache.block_size = min(rows, default=planned[states[0]].block_size)
     cache.mamba_block_size = planned[states[0]].block_size
@@ -68,6 +73,16 @@ def plan_states(
         "keeps the state at the end of each block" if aligned else "is off",
     )
     return planned
+
+
+def _keeps_states_inside_steps(planned: Mapping[str, metal_kv.KVCacheSpec], vllm_config: "VllmConfig") -> bool:
+    """Tell whether the state that vLLM wants of a prompt's last step is always one at the end of a block."""
+    speculation = vllm_config.speculative_config
+    return (
+        len({spec.block_size for spec in planned.values()}) == 1
+        and vllm_config.cache_config.prefix_match_unit is None
+        and (speculation is None or not speculation.use_eagle_block_drop())
+    )
 
 
 def to_vllm_specs(
@@ -87,6 +102,8 @@ def _to_vllm(name: str, spec: metal_kv.KVCacheSpec, mamba_cache_mode: str) -> vl
                 dtypes=tuple(_TORCH_DTYPES[dtype] for dtype in spec.dtypes),
                 page_size_padded=spec.page_size_padded,
                 mamba_cache_mode=mamba_cache_mode,
+                num_prefill_checkpoint_blocks=max(0, spec.blocks_per_request - 2),
+                prefill_checkpoint_alignment=1 if spec.blocks_per_request > 2 else None,
             )
         case metal_kv.SlidingWindowSpec():
             return vllm_kv.SlidingWindowSpec(**_heads(spec), sliding_window=spec.sliding_window)

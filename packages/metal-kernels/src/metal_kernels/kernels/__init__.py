@@ -14,6 +14,7 @@ from metal_kernels.kernels.dispatch import (
     GatheredPrefill,
     LatentVariant,
     LinearVariant,
+    MemoryVariant,
     PrefillVariant,
     PrefillWork,
     QuantizedMatrixVariant,
@@ -24,6 +25,7 @@ from metal_kernels.kernels.dispatch import (
     gated_delta_kernel,
     gathered_prefill,
     linear_kernel,
+    mamba2_kernel,
     mla_decode_kernel,
     page_kernels,
     prefill_kernel,
@@ -38,6 +40,7 @@ from metal_kernels.kernels.experts import choose_experts, expert_linear, expert_
 from metal_kernels.kernels.fused_linear import fused_linear
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.latent_rope_and_cache import latent_rope_and_cache
+from metal_kernels.kernels.mamba2_decode import mamba2_decode
 from metal_kernels.kernels.mla_decode import mla_decode
 from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
@@ -62,6 +65,7 @@ __all__ = [
     "GatheredPrefill",
     "LatentVariant",
     "LinearVariant",
+    "MemoryVariant",
     "PrefillVariant",
     "PrefillWork",
     "QuantizedMatrixVariant",
@@ -83,6 +87,8 @@ __all__ = [
     "gather_states",
     "linear_kernel",
     "latent_rope_and_cache",
+    "mamba2_decode",
+    "mamba2_kernel",
     "mla_attention",
     "mla_decode",
     "mla_decode_kernel",

@@ -22,7 +22,7 @@ from metal_kernels.reference.quantized import (
     quantized_paged_attention,
     quantized_reshape_and_cache,
 )
-from metal_kernels.reference.recurrent import gated_delta_decode, short_conv_decode
+from metal_kernels.reference.recurrent import gated_delta_decode, mamba2_decode, short_conv_decode
 
 __all__ = [
     "add_rms_norm",
@@ -34,6 +34,7 @@ __all__ = [
     "expert_silu_and_mul",
     "fused_linear",
     "gated_delta_decode",
+    "mamba2_decode",
     "gather_kv_cache",
     "latent_decode",
     "latent_rope_and_cache",

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt32
 
 from metal_kernels.gated_delta_rows import GatedDeltaRows, HeadPart
+from metal_kernels.mamba2_rows import Mamba2Rows
 
 
 def gated_delta_decode(
@@ -78,6 +79,48 @@ def short_conv_decode(
     if bias is not None:
         mixed = mixed + bias.astype(mx.float32)
     return gate_out * mixed.astype(dtype), _written(pages, after, [history])
+
+
+def mamba2_decode(
+    projected: Float[mx.array, "tokens width"],
+    pages: UInt32[mx.array, "blocks words"],
+    blocks: Int32[mx.array, "slots"],
+    rows: Mamba2Rows,
+    *,
+    conv: Float[mx.array, "channels taps"],
+    bias: Float[mx.array, "channels"] | None,
+    heads: Float[mx.array, "numbers"],
+    limits: tuple[float, float],
+    gated: bool,
+    order_token: mx.array | None = None,
+) -> tuple[Float[mx.array, "tokens values"], UInt32[mx.array, "blocks words"]]:
+    """Advance states; see :func:`metal_kernels.mamba2_decode`. Returns a new array of pages."""
+    del order_token
+    tokens, dtype, count = projected.shape[0], projected.dtype, rows.heads
+    before, after = _halves(blocks, tokens)
+    history_words, memory_words = rows.state_words(dtype)
+    states = pages[before]
+    history = states[:, :history_words].view(dtype).reshape(tokens, *rows.state_shapes[0])
+    memory = states[:, history_words : history_words + memory_words].view(mx.float32)
+    memory = memory.reshape(tokens, *rows.state_shapes[1])
+    gate, newest, time = mx.split(projected, [rows.values, rows.values + rows.channels], axis=1)
+    mixed, history = _convolve(newest, history, conv)
+    if bias is not None:
+        mixed = mixed + bias.astype(mx.float32)
+    mixed = nn.silu(mixed).astype(dtype).astype(mx.float32)
+    numbers = rows.groups * rows.state_size
+    value, writing, reading = mx.split(mixed, [rows.values, rows.values + numbers], axis=1)
+    value = value.reshape(tokens, count, rows.head_size)
+    writing, reading = (part.reshape(tokens, rows.groups, 1, -1) for part in (writing, reading))
+    writing, reading = (mx.repeat(part, count // rows.groups, axis=1) for part in (writing, reading))
+    time = mx.clip(nn.softplus(time.astype(mx.float32) + heads[:count]), *limits)[..., None]
+    decay = mx.exp(heads[count : 2 * count, None] * time)
+    memory = memory * decay[..., None] + (value * time)[..., None] * writing
+    out = (memory * reading).sum(axis=-1) + value * heads[2 * count : 3 * count, None]
+    out = out.reshape(tokens, rows.values)
+    if gated:
+        out = out * nn.silu(gate.astype(mx.float32))
+    return out.astype(dtype), _written(pages, after, [history, memory])
 
 
 def _halves(blocks: mx.array, tokens: int) -> tuple[mx.array, np.ndarray]:

@@ -5,16 +5,28 @@ from typing import Any
 
 import mlx.nn as nn
 
-from metal_models.decode_families import deepseek_v3, lfm2, qwen3_next
+from metal_models.decode_families import (
+    deepseek_v3,
+    falcon_h1,
+    granitemoehybrid,
+    lfm2,
+    mamba2,
+    nemotron_h,
+    qwen3_next,
+)
 from metal_models.head_split import backbone_path
 from metal_models.mixed_program import MixedProgram
 
 # Model file of mlx-lm that the backbone is of -> what makes its layers, or says by None that a module is not as usual.
 _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
     "deepseek_v3": deepseek_v3.program,
+    "falcon_h1": falcon_h1.program,
     "glm4_moe_lite": deepseek_v3.program,
+    "granitemoehybrid": granitemoehybrid.program,
     "lfm2": lfm2.program,
     "lfm2_moe": lfm2.program,
+    "mamba2": mamba2.program,
+    "nemotron_h": nemotron_h.program,
     "qwen3_5": qwen3_next.program,
     "qwen3_next": qwen3_next.program,
 }

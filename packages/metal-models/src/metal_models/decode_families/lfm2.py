@@ -3,10 +3,10 @@
 from typing import Any
 
 from metal_models.attention_mixer import AttentionMixer
-from metal_models.decode_program import Rotation, find_rotations
+from metal_models.decode_program import Rotation
 from metal_models.feed_forward import GatedFeedForward, ModuleFeedForward
 from metal_models.joined_linear import JoinedLinear
-from metal_models.mixed_program import MixedLayer, MixedProgram
+from metal_models.mixed_program import MixedLayer, MixedProgram, rotations_of
 from metal_models.recurrent_mixer import ShortConvMixer
 from metal_models.token_mixer import TokenMixer
 
@@ -16,16 +16,14 @@ _DENSE = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 
 def program(backbone: Any) -> MixedProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
-    attention = [layer.self_attn for layer in backbone.layers if layer.is_attention_layer]
-    rotations = find_rotations([module.rope for module in attention])
+    rotations = rotations_of([layer.self_attn for layer in backbone.layers if layer.is_attention_layer])
     if rotations is None or not all(map(_possible, backbone.layers)):
         return None
-    rotation_of = {id(module): rotation for module, rotation in zip(attention, rotations, strict=True)}
     layers = []
     for layer in backbone.layers:
         mixer: TokenMixer
         if layer.is_attention_layer:
-            mixer = _attention(layer.self_attn, rotation_of[id(layer.self_attn)])
+            mixer = _attention(layer.self_attn, rotations[id(layer.self_attn)])
         else:
             module = layer.conv
             mixer = ShortConvMixer(JoinedLinear([module.in_proj]), module.conv, JoinedLinear([module.out_proj]))

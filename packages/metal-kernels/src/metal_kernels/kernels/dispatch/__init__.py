@@ -17,7 +17,13 @@ from metal_kernels.kernels.dispatch.quantized import (
     quantized_decode_kernel,
     quantized_write_kernel,
 )
-from metal_kernels.kernels.dispatch.recurrent import GatedDeltaVariant, gated_delta_kernel, short_conv_kernel
+from metal_kernels.kernels.dispatch.recurrent import (
+    GatedDeltaVariant,
+    MemoryVariant,
+    gated_delta_kernel,
+    mamba2_kernel,
+    short_conv_kernel,
+)
 from metal_kernels.kernels.dispatch.rows import PageKernels, RowKernels, page_kernels, row_kernels
 from metal_kernels.kernels.dispatch.verdict import BLOCK_SIZES, FLOAT_DTYPES, HEAD_SIZES, Accepted, Rejected
 
@@ -42,7 +48,9 @@ __all__ = [
     "decode_kernel",
     "decode_variant",
     "expert_kernel",
+    "MemoryVariant",
     "gated_delta_kernel",
+    "mamba2_kernel",
     "gathered_prefill",
     "linear_kernel",
     "linear_variant",

@@ -9,8 +9,10 @@ from metal_kernels.device import Target
 from metal_kernels.gated_delta_rows import GatedDeltaRows
 from metal_kernels.kernels.dispatch.rows import RowKernels
 from metal_kernels.kernels.dispatch.verdict import FLOAT_DTYPES, MIN_CHANNELS, Accepted, Rejected
+from metal_kernels.mamba2_rows import Mamba2Rows
 
 _MAX_DELTA_KEY = 256  # elements, of which a lane holds an eighth of two vectors and of some rows
+_MAX_STATE_SIZE = 256  # likewise
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,19 @@ class GatedDeltaVariant:
     Args:
         simdgroups: SIMD-groups of a threadgroup, which has a key head: each takes 4 rows of its memory at a time.
         unrolled: Rows that a lane loads its part of before it uses one.
+    """
+
+    simdgroups: int
+    unrolled: int
+
+
+@dataclass(frozen=True)
+class MemoryVariant:
+    """How one token of a selective state space is laid out.
+
+    Args:
+        simdgroups: SIMD-groups of a threadgroup, which has a head: each takes 4 values at a time.
+        unrolled: Values of which a lane loads its part of the memory before it uses one.
     """
 
     simdgroups: int
@@ -62,3 +77,27 @@ def short_conv_kernel(target: Target, dtype: mx.Dtype, width: int, taps: int) ->
             f"{taps} taps of {width} channels; a state has whole words, of at least {MIN_CHANNELS} channels"
         )
     return Accepted(RowKernels())
+
+
+@cache
+def mamba2_kernel(
+    target: Target, dtype: mx.Dtype, page_words: int, rows: Mamba2Rows
+) -> Accepted[MemoryVariant] | Rejected:
+    """Decide on one token of a Mamba 2 layer, over pages of ``page_words`` words."""
+    if target == "cpu":
+        return Rejected("the default device is a CPU")
+    if dtype not in FLOAT_DTYPES:
+        return Rejected(f"rows are {dtype}; kernels know float16, bfloat16 and float32")
+    if rows.state_size % 32 or rows.state_size > _MAX_STATE_SIZE or rows.heads % rows.groups or rows.head_size % 4:
+        return Rejected(
+            f"{rows.state_size} numbers for each of {rows.head_size} values, {rows.heads} heads in {rows.groups} "
+            f"groups; the kernel takes multiples of 32 up to {_MAX_STATE_SIZE}, multiples of 4, and whole groups"
+        )
+    history_words, _ = rows.state_words(dtype)
+    if rows.taps < 2 or history_words % 4 or page_words % 4:
+        return Rejected(
+            f"{history_words} words before the memory in pages of {page_words}; the kernel loads 16 bytes at a time"
+        )
+    layouts = ((16, 1), (8, 2), (8, 1), (4, 1), (2, 1), (1, 1))
+    simdgroups, unrolled = next(layout for layout in layouts if rows.head_size % (4 * layout[0] * layout[1]) == 0)
+    return Accepted(MemoryVariant(simdgroups, unrolled))
