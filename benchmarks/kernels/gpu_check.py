@@ -116,9 +116,9 @@ def check_attention(
     return close(kernels.paged_attention(query, cache, batch, decode, **arguments), want, dtype)
 
 
-def check_on_the_way(dtype: mx.Dtype) -> str:
+def check_on_the_way(dtype: mx.Dtype, group: int) -> str:
     batch, blocks = batch_of([70, 12, 3000, 9], 16)
-    qkv = mx.random.normal((4, 8 * 128)).astype(dtype)
+    qkv = mx.random.normal((4, (group + 2) * 2 * 128)).astype(dtype)
     angles, weight = mx.random.uniform(shape=(4, 64)), mx.random.normal((128,)).astype(dtype)
     turns = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=1)
     cache = mx.random.normal((blocks, 2, 16, 2, 128)).astype(dtype)
@@ -133,8 +133,17 @@ def check_on_the_way(dtype: mx.Dtype) -> str:
     )
     want = reference.decode_attention(query, twin, plan, scale=0.1)
     mx.eval(cache, want)
-    out, pages = metal_kernels.rope_and_attend(qkv, turns, cache, slots, plan, scale=0.1, **norms)
-    return f"{close(out, want, dtype)}; pages {close(pages, twin, dtype)}"
+    pages = cache + 0
+    mx.eval(pages)
+    out, pages = metal_kernels.rope_and_attend(qkv, turns, pages, slots, plan, scale=0.1, **norms)
+    projected = f"{close(out, want, dtype)}; pages {close(pages, twin, dtype)}"
+    rows = qkv.reshape(4, -1, 128)
+    query, key, value = rows[:, : 2 * group], rows[:, 2 * group : -2], rows[:, -2:]
+    twin, _ = reference.reshape_and_cache(key, value, cache + 0, slots[:4])
+    want = reference.decode_attention(query.astype(mx.float32), twin.astype(mx.float32), plan, scale=0.1)
+    mx.eval(twin, want)
+    out, pages = metal_kernels.write_and_attend(query, key, value, cache, slots, plan, scale=0.1)
+    return f"{projected}; as rows {close(out, want, dtype)}; pages {close(pages, twin, dtype)}"
 
 
 def check_linear(rows: int, bits: int | None) -> str:
@@ -159,7 +168,8 @@ def checks(quick: bool) -> None:
         case(f"write {dtype}", lambda d=dtype: check_write(d))
         case(f"copy {dtype}", lambda d=dtype: check_copy(d))
         case(f"public functions {dtype}", lambda d=dtype: check_public(d))
-        case(f"norm, rotation and write on the way {dtype}", lambda d=dtype: check_on_the_way(d))
+        for group in (2, 8):
+            case(f"written on the way {dtype}, group {group}", lambda d=dtype, g=group: check_on_the_way(d, g))
     for rows in (1, 32):
         for bits in (None, 4, 8):
             case(f"linear, {rows} rows, bits {bits}", lambda r=rows, b=bits: check_linear(r, b))
@@ -213,7 +223,7 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
     # Four caches take turns, so that a layer's pages are not still in the processor's cache.
     caches = [mx.random.normal((blocks, 2, 16, kv_heads, 128)).astype(mx.bfloat16) for _ in range(4)]
     query = mx.random.normal((reqs, q_heads, 128)).astype(mx.bfloat16)
-    slots = mx.array(batch.block_table[:, (context - 1) // 16] * 16 + (context - 1) % 16)
+    slots = mx.array(np.pad(batch.block_table[:, (context - 1) // 16] * 16 + (context - 1) % 16, (0, 8)))
     mx.eval(caches, query, slots)
     decode = kernels.decode_kernel(metal_kernels.target(), query.dtype, query.dtype, 128, 16, q_heads // kv_heads)
 
@@ -222,8 +232,12 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
 
     def write_and_attend(rows: mx.array, cache: mx.array) -> mx.array:
         # The rows written come from the layer before, as a model's do.
-        token = kernels.reshape_and_cache(rows[:, :kv_heads], rows[:, :kv_heads], cache, slots)[1]
-        return attend(rows, cache, token)
+        own = rows[:, :kv_heads]
+        return metal_kernels.write_and_attend(rows, own, own, cache, slots, plan, scale=128**-0.5)[0]
+
+    def write_then_attend(rows: mx.array, cache: mx.array) -> mx.array:
+        own = rows[:, :kv_heads]
+        return attend(rows, cache, kernels.reshape_and_cache(own, own, cache, slots[:reqs])[1])
 
     written = mx.random.normal((reqs, (q_heads + 2 * kv_heads) * 128)).astype(mx.bfloat16)
     turns = mx.random.normal((reqs, 128))
@@ -249,7 +263,7 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
 
     want = reference.paged_attention(query.astype(mx.float32), caches[0].astype(mx.float32), batch, scale=128**-0.5)
     close(attend(query, caches[0]), want, query.dtype)
-    alone, both = chain(attend), chain(write_and_attend)
+    alone, both, apart = chain(attend), chain(write_and_attend), chain(write_then_attend)
     fused = "on the way: not served"
     if isinstance(on_the_way, kernels.Accepted):
         taken = chain(write_on_the_way)
@@ -257,7 +271,8 @@ def decode_speed(reqs: int, context: int, q_heads: int, kv_heads: int, bandwidth
     rate = 2 * reqs * context * kv_heads * 128 * 2 / alone
     return (
         f"{alone * 1e6:.1f} us, {rate / 1e9:.0f} GB/s, {100 * rate / bandwidth:.0f} % of copying; "
-        f"with the write {both * 1e6:.1f} us, {100 * (both / alone - 1):+.1f} %; {fused}"
+        f"with the write {both * 1e6:.1f} us, {100 * (both / alone - 1):+.1f} %, as a launch {apart * 1e6:.1f} us; "
+        f"{fused}"
     )
 
 

@@ -49,6 +49,7 @@ def test_exported_names():
         "short_conv_decode",
         "silu_and_mul",
         "target",
+        "write_and_attend",
     ]
 
 

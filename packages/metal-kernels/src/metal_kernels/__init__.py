@@ -36,6 +36,7 @@ from metal_kernels.reshape_and_cache import reshape_and_cache
 from metal_kernels.rope_and_attend import rope_and_attend
 from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
+from metal_kernels.write_and_attend import write_and_attend
 
 __all__ = [
     # the library behind matrix products on a CPU, or why it is MLX's own
@@ -63,6 +64,7 @@ __all__ = [
     "plan_decode",
     "pack_decode",
     "decode_attention",
+    "write_and_attend",
     "latent_decode",
     # one token of recurrent layers
     "GatedDeltaRows",

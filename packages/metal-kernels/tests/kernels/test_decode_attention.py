@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kernels import RaggedBatch, decode_plan, kernels, reference
+from metal_kernels import RaggedBatch, decode_plan, kernels, reference, write_and_attend
 
 BLOCK_SIZE = 16
 
@@ -62,31 +62,78 @@ def test_soft_cap_and_sinks_of_the_twin():
     np.testing.assert_allclose(reference.decode_attention(query, cache, plan, **options), want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("seq_lens", "group"), [([5], 2), ([70, 1, 9], 4), ([900, 16], 1)], ids=str)
-def test_rows_that_are_rotated_and_written_on_the_way(seq_lens, group, norm):
-    rng = np.random.default_rng(0)
+def rows_of(rng, seq_lens, group, size):
+    """Return a padded plan of four rows, projected rows, pages, and the slots of the last keys."""
     batch, blocks = batch_of(rng, seq_lens)
-    rows, kv_heads, size = 4, 2, 64
-    qkv = mx.array(rng.normal(size=(rows, (group + 2) * kv_heads * size))).astype(mx.float16)
-    angles = rng.uniform(size=(rows, size // 2))
-    cos_sin = mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
-    cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, kv_heads, size))).astype(mx.float16)
+    qkv = mx.array(rng.normal(size=(4, (group + 2) * 2 * size))).astype(mx.float16)
+    cache = mx.array(rng.normal(size=(blocks, 2, BLOCK_SIZE, 2, size))).astype(mx.float16)
     slots = np.full(8, -1, np.int32)
     last = np.array(seq_lens) - 1
     slots[: len(last)] = batch.block_table[np.arange(len(last)), last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
+    sizes, packed = decode_plan.pack_decode(batch, None, 16, 4, BLOCK_SIZE)
+    mx.eval(cache)
+    return sizes.unpack(mx.array(packed)), qkv, cache, mx.array(slots)
+
+
+def layouts(kind, group, size):
+    """Return variants to try: plain arithmetic, that with loads ahead, and matrices."""
+    plain = kernels.write_decode_kernel("metal", mx.float16, mx.float16, size, BLOCK_SIZE, group).variant
+    matrices = kernels.MatrixVariant(group, simdgroups=2, tiles=1, parts=1)
+    return {"plain": plain, "ahead": replace(plain, ahead=1), "matrices": matrices}[kind]
+
+
+KINDS = ["plain", "ahead", "matrices"]
+CASES = [([5], 2), ([70, 1, 9], 4), ([900, 16], 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("seq_lens", "group", "norm"), [(*case, at != 1) for at, case in enumerate(CASES)], ids=str)
+def test_rows_that_are_rotated_and_written_on_the_way(seq_lens, group, norm, kind):
+    rng = np.random.default_rng(0)
+    size = 64
+    plan, qkv, cache, slots = rows_of(rng, seq_lens, group, size)
+    angles = rng.uniform(size=(4, size // 2))
+    cos_sin = mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
     weights = [mx.array(rng.normal(size=size)).astype(mx.float16) for _ in range(2)]
     norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-3} if norm else {}
-    sizes, packed = decode_plan.pack_decode(batch, None, 16, rows, BLOCK_SIZE)
-    plan = sizes.unpack(mx.array(packed))
-    query, written = reference.rope_and_cache(qkv, cos_sin, cache + 0, mx.array(slots), **norms)
+    query, written = reference.rope_and_cache(qkv, cos_sin, cache + 0, slots, **norms)
     want = reference.decode_attention(query, written, plan, scale=0.125)
-    mx.eval(cache, want, written)
-    plain = kernels.rope_decode_kernel("metal", mx.float16, mx.float16, size, BLOCK_SIZE, group, size, False).variant
-    for variant in (plain, replace(plain, ahead=1)):
-        pages = cache + 0
-        mx.eval(pages)
-        got = kernels.rope_decode(qkv, cos_sin, pages, mx.array(slots), plan, variant, scale=0.125, **norms)
-        mx.eval(got)
-        np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
-        np.testing.assert_allclose(np.array(pages), np.array(written), rtol=2e-3, atol=2e-3)
+    pages = cache + 0
+    mx.eval(pages, want, written)
+    got = kernels.rope_decode(qkv, cos_sin, pages, slots, plan, layouts(kind, group, size), scale=0.125, **norms)
+    mx.eval(got)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(np.array(pages), np.array(written), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("seq_lens", "group"), CASES, ids=str)
+def test_rows_that_are_written_on_the_way(seq_lens, group, kind):
+    """What the row's slot held before is not read, even where it is no number."""
+    rng = np.random.default_rng(0)
+    size = 128 if kind == "matrices" else 64
+    plan, qkv, cache, slots = rows_of(rng, seq_lens, group, size)
+    rows, wanted = qkv.reshape(4, -1, size), slots[: len(seq_lens)]
+    query, key, value = rows[:, : 2 * group], rows[:, 2 * group : -2], rows[:, -2:]
+    pages = cache + 0
+    pages[wanted // BLOCK_SIZE, :, wanted % BLOCK_SIZE] = mx.nan
+    written, _ = reference.reshape_and_cache(key, value, cache + 0, slots[:4])
+    options = {"scale": 0.1, "soft_cap": 5.0, "sinks": mx.array(rng.normal(size=2 * group))}
+    want = reference.decode_attention(query, written, plan, **options)
+    mx.eval(pages, want, written)
+    got = kernels.write_decode(query, key, value, pages, slots, plan, layouts(kind, group, size), **options)
+    mx.eval(got)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
+    np.testing.assert_array_equal(np.array(pages), np.array(written))
+
+
+def test_write_and_attend_is_both():
+    rng = np.random.default_rng(0)
+    plan, qkv, cache, slots = rows_of(rng, [70, 9, 3, 1], 2, 64)
+    rows = qkv.reshape(4, 8, 64)
+    written, _ = reference.reshape_and_cache(rows[:, 4:6], rows[:, 6:], cache + 0, slots[:4])
+    want = reference.decode_attention(rows[:, :4], written, plan, scale=0.125)
+    mx.eval(written, want)
+    got, pages = write_and_attend(rows[:, :4], rows[:, 4:6], rows[:, 6:], cache, slots, plan, scale=0.125)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=5e-3, atol=5e-3)
+    np.testing.assert_array_equal(np.array(pages), np.array(written))

@@ -1,5 +1,7 @@
 """Paged decode against its twin: every option, head sizes, ranges cut from long contexts."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -105,3 +107,19 @@ def test_everything_that_dispatch_accepts(head_size, block_size, dtype, group):
 def test_layouts_of_cuda(head_size, group, dtype):
     decode = kernels.decode_kernel("cuda", dtype, dtype, head_size, 16, group)
     check([70, 3], 1, group, head_size, dtype=dtype, decode=decode)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "block_size", "group", "options"),
+    [
+        (64, 8, 3, {"sliding_window": 33}),
+        (128, 16, 8, {"soft_cap": 3.0, "sinks": True}),
+        (64, 32, 9, {"query_lens": [1, 4, 1]}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_matrices(head_size, block_size, group, options, tiles):
+    decode = kernels.decode_kernel("cuda", mx.float16, mx.float16, head_size, block_size, group)
+    decode = kernels.Accepted(replace(decode.variant, tiles=tiles))
+    check([70, 40, 600], 2, group, head_size, block_size, mx.float16, decode=decode, **options)

@@ -14,10 +14,10 @@ from metal_kernels.kernels.dispatch import (
     GatheredPrefill,
     LatentVariant,
     LinearVariant,
+    MatrixVariant,
     MemoryVariant,
     PrefillVariant,
     PrefillWork,
-    QuantizedMatrixVariant,
     QuantizedVariant,
     Rejected,
     decode_kernel,
@@ -35,6 +35,7 @@ from metal_kernels.kernels.dispatch import (
     routing_kernel,
     row_kernels,
     short_conv_kernel,
+    write_decode_kernel,
 )
 from metal_kernels.kernels.experts import choose_experts, expert_linear, expert_silu_and_mul
 from metal_kernels.kernels.fused_linear import fused_linear
@@ -44,7 +45,7 @@ from metal_kernels.kernels.mamba2_decode import mamba2_decode
 from metal_kernels.kernels.mla_decode import mla_decode
 from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
-from metal_kernels.kernels.paged_decode import paged_decode, rope_decode
+from metal_kernels.kernels.paged_decode import paged_decode, rope_decode, write_decode
 from metal_kernels.kernels.prefill import prefill
 from metal_kernels.kernels.prefill_gathered import prefill_gathered
 from metal_kernels.kernels.prefill_tiled import prefill_tiled
@@ -65,10 +66,10 @@ __all__ = [
     "GatheredPrefill",
     "LatentVariant",
     "LinearVariant",
+    "MatrixVariant",
     "MemoryVariant",
     "PrefillVariant",
     "PrefillWork",
-    "QuantizedMatrixVariant",
     "QuantizedVariant",
     "Rejected",
     "add_rms_norm",
@@ -117,5 +118,7 @@ __all__ = [
     "short_conv_kernel",
     "silu_and_mul",
     "scatter_states",
+    "write_decode",
+    "write_decode_kernel",
     "writes_in_place",
 ]

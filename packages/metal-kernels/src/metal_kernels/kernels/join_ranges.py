@@ -6,7 +6,7 @@ from jaxtyping import Float
 from metal_kernels.decode_plan import DecodePlan
 from metal_kernels.kernels.source import PortableKernel, constants
 
-_THREADS = 128
+_SIMDGROUPS = 8
 _KERNEL = PortableKernel(
     "join_ranges", ("partial_out", "partial_stats", "ranges_in", "sinks_in"), ("out",), "join_ranges.metal"
 )
@@ -36,12 +36,12 @@ def join_ranges(
         [weighted, stats, plan.ranges, constants(0.0) if sinks is None else sinks.astype(mx.float32)],
         [((q_heads, plan.num_reqs, head_size) if heads_first else (plan.num_reqs, q_heads, head_size), dtype)],
         threadgroups=(plan.num_reqs * q_heads, 1),
-        threads=_THREADS,
+        threads=_SIMDGROUPS * 32,
         template={
             "T": dtype,
             "HEAD_SIZE": head_size,
             "Q_HEADS": q_heads,
-            "THREADS": _THREADS,
+            "SIMDGROUPS": _SIMDGROUPS,
             "SINKS": sinks is not None,
             "ROW_STEP": 1 if heads_first else q_heads,
             "HEAD_STEP": plan.num_reqs if heads_first else 1,

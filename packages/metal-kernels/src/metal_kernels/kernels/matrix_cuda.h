@@ -1,7 +1,6 @@
 // See matrix_metal.h: 16x16, 16x8 and 16x8 matrices for mma.sync.
 #define HALF __half
 #define ROW_STEP 2
-FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 FUNCTION int row_of(int lane) { return lane / 4; }
 FUNCTION int column_of(int lane) { return lane % 4 * 2; }
 template <typename T> struct MatrixA { uint part[4]; };

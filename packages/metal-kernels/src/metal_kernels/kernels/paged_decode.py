@@ -1,37 +1,38 @@
 """Attention of requests that have one row each."""
 
-from math import e, log2
-from typing import Any
-
 import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from metal_kernels.decode_plan import DecodePlan
-from metal_kernels.kernels.dispatch import DecodeVariant
-from metal_kernels.kernels.join_ranges import join_ranges
-from metal_kernels.kernels.source import PortableKernel, constants, order_input
+from metal_kernels.kernels.dispatch import DecodeVariant, MatrixVariant
+from metal_kernels.kernels.ranged_kernel import RangedKernel, score_factors
+from metal_kernels.kernels.source import constants, order_input
 
-_INPUTS = ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in")
-_BODY = "paged_decode.metal"
-_PARTIAL = ("partial_out", "partial_stats")
-
-
-def _defines(direct: int, writes: int) -> str:
-    return f"#define DIRECT {direct}\n#define WRITES {writes}\n"
-
-
-_DIRECT = PortableKernel("paged_decode_direct", (*_INPUTS, "sinks_in"), ("out",), _BODY, _defines(1, 0))
-_SPLIT = PortableKernel("paged_decode_split", _INPUTS, _PARTIAL, _BODY, _defines(0, 0))
-_ROWS = ("qkv_in", "cos_sin_in", "q_norm_in", "k_norm_in", "slots_in", *_INPUTS[1:-1])
-_ROPE_DIRECT = PortableKernel("rope_decode_direct", (*_ROWS, "sinks_in"), ("out",), _BODY, _defines(1, 1))
-_ROPE_SPLIT = PortableKernel("rope_decode_split", _ROWS, _PARTIAL, _BODY, _defines(0, 1))
+MATRIX_HEADERS = ("words", "matrix", "fragments")
+_CACHED = ("kv_cache_in", "block_table_in", "work_in", "factors_in")
+# What a row brings along, by the body's WRITES: nothing, its own key and value, or all three as they are projected.
+_INPUTS = {
+    "paged_decode": ("query_in", *_CACHED, "order_in"),
+    "write_decode": ("query_in", "key_in", "value_in", "slots_in", *_CACHED),
+    "rope_decode": ("qkv_in", "cos_sin_in", "q_norm_in", "k_norm_in", "slots_in", *_CACHED),
+}
+_KERNELS = {
+    name: RangedKernel.of(name, inputs, "paged_decode.metal", {"WRITES": writes}, ("words",))
+    for writes, (name, inputs) in enumerate(_INPUTS.items())
+}
+_MATRIX_KERNELS = {
+    name: RangedKernel.of(
+        f"matrix_{name}", inputs, "matrix_decode.metal", {"WRITES": writes, "QUANTIZED": 0}, MATRIX_HEADERS
+    )
+    for writes, (name, inputs) in enumerate(_INPUTS.items())
+}
 
 
 def paged_decode(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     plan: DecodePlan,
-    variant: DecodeVariant,
+    variant: DecodeVariant | MatrixVariant,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -50,29 +51,44 @@ def paged_decode(
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
-    q_heads, head_size = query.shape[1:]
-    factors = (scale * log2(e), 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * log2(e))
-    inputs = [query, kv_cache, plan.block_table, plan.work, constants(*factors), order_input(order_token)]
-    template = _template(kv_cache, q_heads, variant, soft_cap is not None)
-    threadgroups = (plan.num_ranges * kv_cache.shape[3] * variant.parts, 1)
-    threads = variant.simdgroups * 32
-    if plan.direct:
-        return _DIRECT(
-            [*inputs, constants(0.0) if sinks is None else sinks.astype(mx.float32)],
-            [((plan.num_reqs, q_heads, head_size), query.dtype)],
-            template=template | {"T": query.dtype, "SINKS": sinks is not None},
-            threadgroups=threadgroups,
-            threads=threads,
-        )[0]
-    partial = (plan.num_ranges, q_heads)
-    weighted, stats = _SPLIT(
-        inputs,
-        [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)],
-        template=template,
-        threadgroups=threadgroups,
-        threads=threads,
-    )
-    return join_ranges(weighted, stats, plan, sinks, query.dtype)
+    template = {"SOFT_CAP": soft_cap is not None}
+    after = [score_factors(scale, soft_cap), order_input(order_token)]
+    q_heads = query.shape[1]
+    return _attend("paged_decode", [query], after, kv_cache, plan, variant, q_heads, query.dtype, template, sinks)
+
+
+def write_decode(
+    query: Float[mx.array, "tokens q_heads head_size"],
+    key: Float[mx.array, "tokens kv_heads head_size"],
+    value: Float[mx.array, "tokens kv_heads head_size"],
+    kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
+    slot_mapping: Int32[mx.array, "slots"],
+    plan: DecodePlan,
+    variant: DecodeVariant | MatrixVariant,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Float[mx.array, "q_heads"] | None = None,
+) -> Float[mx.array, "decodes q_heads head_size"]:
+    """Write each row's key and value, and attend the rows; see :func:`metal_kernels.write_and_attend`.
+
+    Args:
+        query: Rows of the step, strided as they may be.
+        key: Keys of the rows, likewise.
+        value: Values of the rows, likewise.
+        kv_cache: Pages of one layer.
+        slot_mapping: Slot of each row, the one of the last key that the plan names for it; negative ones are skipped.
+        plan: Which keys each row sees.
+        variant: From :func:`metal_kernels.kernels.write_decode_kernel`.
+        scale: Factor on the scores.
+        soft_cap: Cap of the scores.
+        sinks: Extra logit per query head.
+    """
+    before = [query, key.astype(kv_cache.dtype), value.astype(kv_cache.dtype), slot_mapping]
+    template = {"SOFT_CAP": soft_cap is not None}
+    after = [score_factors(scale, soft_cap)]
+    q_heads = query.shape[1]
+    return _attend("write_decode", before, after, kv_cache, plan, variant, q_heads, query.dtype, template, sinks)
 
 
 def rope_decode(
@@ -81,7 +97,7 @@ def rope_decode(
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     slot_mapping: Int32[mx.array, "slots"],
     plan: DecodePlan,
-    variant: DecodeVariant,
+    variant: DecodeVariant | MatrixVariant,
     *,
     scale: float,
     q_norm: Float[mx.array, "head_size"] | None = None,
@@ -102,47 +118,44 @@ def rope_decode(
         k_norm: Weight of that of key heads.
         eps: Of both.
     """
-    _, _, _, kv_heads, head_size = kv_cache.shape
-    q_heads = qkv.shape[1] // head_size - 2 * kv_heads
-    norm = q_norm is not None and k_norm is not None
-    inputs = [
-        qkv,
-        cos_sin,
-        constants(1.0) if q_norm is None else q_norm,
-        constants(1.0) if k_norm is None else k_norm,
-        slot_mapping,
-        kv_cache,
-        plan.block_table,
-        plan.work,
-        constants(scale * log2(e), 0.0, eps),
-    ]
-    template = _template(kv_cache, q_heads, variant, soft_cap=False) | {"T": qkv.dtype, "NORM": norm}
-    launch: dict[str, Any] = {
-        "threadgroups": (plan.num_ranges * kv_heads * variant.parts, 1),
-        "threads": variant.simdgroups * 32,
-    }
-    if plan.direct:
-        shape = (plan.num_reqs, q_heads, head_size)
-        inputs.append(constants(0.0))
-        return _ROPE_DIRECT(inputs, [(shape, qkv.dtype)], template=template | {"SINKS": False}, **launch)[0]
-    partial = (plan.num_ranges, q_heads)
-    outputs = [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)]
-    weighted, stats = _ROPE_SPLIT(inputs, outputs, template=template, **launch)
-    return join_ranges(weighted, stats, plan, None, qkv.dtype)
+    norms = [constants(1.0) if norm is None else norm for norm in (q_norm, k_norm)]
+    template = {"SOFT_CAP": False, "T": qkv.dtype, "NORM": q_norm is not None and k_norm is not None}
+    q_heads = qkv.shape[1] // kv_cache.shape[4] - 2 * kv_cache.shape[3]
+    before = [qkv, cos_sin, *norms, slot_mapping]
+    after = [score_factors(scale, None, eps)]
+    return _attend("rope_decode", before, after, kv_cache, plan, variant, q_heads, qkv.dtype, template, None)
 
 
-def _template(kv_cache: mx.array, q_heads: int, variant: DecodeVariant, soft_cap: bool) -> dict[str, int | mx.Dtype]:
+def _attend(
+    name: str,
+    before: list[mx.array],
+    after: list[mx.array],
+    kv_cache: mx.array,
+    plan: DecodePlan,
+    variant: DecodeVariant | MatrixVariant,
+    q_heads: int,
+    dtype: mx.Dtype,
+    template: dict[str, int | mx.Dtype],
+    sinks: mx.array | None,
+) -> mx.array:
+    """Launch the body of the variant, between whose inputs ``before`` and ``after`` are the cache and the plan."""
     _, _, block_size, kv_heads, head_size = kv_cache.shape
-    return {
+    template = template | {
         "HEAD_SIZE": head_size,
         "BLOCK_SIZE": block_size,
         "KV_HEADS": kv_heads,
         "GROUP": q_heads // kv_heads,
-        "HEADS": variant.heads,
-        "LANES": variant.lanes,
-        "SIMDGROUPS": variant.simdgroups,
-        "UNROLLED": variant.unrolled,
-        "AHEAD": variant.ahead,
         "C": kv_cache.dtype,
-        "SOFT_CAP": soft_cap,
+        **variant.template,
     }
+    kernels = _KERNELS if isinstance(variant, DecodeVariant) else _MATRIX_KERNELS
+    return kernels[name](
+        [*before, kv_cache, plan.block_table, plan.work, *after],
+        plan,
+        (q_heads, head_size),
+        dtype,
+        sinks=sinks,
+        template=template,
+        per_range=kv_heads * variant.parts,
+        threads=variant.simdgroups * 32,
+    )

@@ -45,9 +45,14 @@ def prefill(
     hidden = sliding_window is not None and sliding_window < batch.max_seq_len
     if key is None or value is None or not key.dtype == value.dtype == kv_cache.dtype:
         key = value = None
-    work = batch.once(("prefill work", key is None), lambda: _work(batch, own_rows=key is not None))
+    masked = hidden or soft_cap is not None
     heads = (q_heads, kv_cache.shape[3], head_size)
-    if isinstance(gathered_prefill(*kind, heads, work, hidden or soft_cap is not None), Accepted):
+    own_rows = key is not None
+    gathered = batch.once(
+        ("gathered prefill", kind, heads, masked, own_rows),
+        lambda: gathered_prefill(*kind, heads, _work(batch, own_rows=own_rows), masked),
+    )
+    if isinstance(gathered, Accepted):
         return prefill_gathered(
             query, kv_cache, batch, key=key, value=value, scale=scale, sinks=sinks, order_token=order_token
         )

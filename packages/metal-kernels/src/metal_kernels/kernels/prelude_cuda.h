@@ -11,6 +11,7 @@ typedef unsigned int uint;
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 __device__ __forceinline__ void threadgroup_barrier(mem_flags) { __syncthreads(); }
+__device__ __forceinline__ void simdgroup_barrier(mem_flags) { __syncwarp(); }
 __device__ __forceinline__ float simd_shuffle_xor(float x, unsigned short mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -161,10 +161,21 @@ for (int e = int(thread_position_in_threadgroup.x); e < HEADS * HEAD_SIZE; e += 
       value += weight * all_out[(s * HEADS + h) * HEAD_SIZE + i];
     }
     const long at = long(work) * KV_HEADS * GROUP + kv_head * GROUP + first_head + h;
+#if DIRECT
+    if (SINKS) {
+      const float sink = sinks_in[kv_head * GROUP + first_head + h] * 1.44269504f;
+      const float joined = max(highest, sink);
+      const float shrink = exp2_fast(highest - joined);
+      total = total * shrink + exp2_fast(sink - joined);
+      value *= shrink;
+    }
+    out[at * HEAD_SIZE + i] = from_f32<T>(total > 0.0f ? value / total : 0.0f);
+#else
     partial_out[at * HEAD_SIZE + i] = value;
     if (i == 0) {
       partial_stats[at * 2] = highest;
       partial_stats[at * 2 + 1] = total;
     }
+#endif
   }
 }

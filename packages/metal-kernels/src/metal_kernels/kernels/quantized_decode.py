@@ -1,30 +1,26 @@
 """Attention of requests that have one row each, over quantised keys and values."""
 
-from math import e, gcd, log2
+from math import gcd
 
 import mlx.core as mx
 from jaxtyping import Float, UInt32
 
 from metal_kernels.decode_plan import DecodePlan
-from metal_kernels.kernels.dispatch import QuantizedMatrixVariant, QuantizedVariant
-from metal_kernels.kernels.join_ranges import join_ranges
+from metal_kernels.kernels.dispatch import MatrixVariant, QuantizedVariant
+from metal_kernels.kernels.paged_decode import MATRIX_HEADERS
 from metal_kernels.kernels.quantized_cache_write import format_template
-from metal_kernels.kernels.source import PortableKernel, constants, order_input
+from metal_kernels.kernels.ranged_kernel import RangedKernel, score_factors
+from metal_kernels.kernels.source import order_input
 from metal_kernels.row_format import ELEMENT_BITS, ElementFormat, RowFormat
 
-_KERNEL = PortableKernel(
-    "quantized_decode",
-    ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
-    ("partial_out", "partial_stats"),
-    "quantized_decode.metal",
-    headers=("bits", "quantized"),
-)
-_MATRIX_KERNEL = PortableKernel(
+_INPUTS = ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in")
+_KERNEL = RangedKernel.of("quantized_decode", _INPUTS, "quantized_decode.metal", {}, ("bits", "quantized"))
+_MATRIX_KERNEL = RangedKernel.of(
     "quantized_matrix_decode",
-    ("query_in", "kv_cache_in", "block_table_in", "work_in", "factors_in", "order_in"),
-    ("partial_out", "partial_stats"),
-    "quantized_matrix_decode.metal",
-    headers=("bits", "pairs", "matrix", "tiles", "tile_columns"),
+    _INPUTS,
+    "matrix_decode.metal",
+    {"WRITES": 0, "QUANTIZED": 1},
+    (*MATRIX_HEADERS, "bits", "pairs"),
 )
 
 
@@ -32,7 +28,7 @@ def quantized_decode(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: UInt32[mx.array, "blocks block_size row_words"],
     plan: DecodePlan,
-    variant: QuantizedVariant | QuantizedMatrixVariant,
+    variant: QuantizedVariant | MatrixVariant,
     row_format: RowFormat,
     *,
     scale: float,
@@ -53,32 +49,30 @@ def quantized_decode(
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
-    q_heads, head_size = query.shape[1:]
-    factors = (scale * log2(e), 0.0) if soft_cap is None else (scale / soft_cap, soft_cap * log2(e))
-    partial = (plan.num_ranges, q_heads)
     template = format_template(row_format) | {
         "BLOCK_SIZE": kv_cache.shape[1],
-        "GROUP": q_heads // row_format.num_kv_heads,
-        "HEADS": variant.heads,
-        "SIMDGROUPS": variant.simdgroups,
+        "GROUP": query.shape[1] // row_format.num_kv_heads,
         "SOFT_CAP": soft_cap is not None,
+        **variant.template,
     }
+    kernel = _MATRIX_KERNEL
     if isinstance(variant, QuantizedVariant):
+        kernel = _KERNEL
         template |= {
-            "LANES": variant.lanes,
-            "WIDTH": variant.width,
-            "UNROLLED": variant.unrolled,
             "KEY_VECTOR": _vector(row_format, row_format.key, variant.width, 0),
             "VALUE_VECTOR": _vector(row_format, row_format.value, variant.width, row_format.part_ends[0]),
         }
-    weighted, stats = (_KERNEL if isinstance(variant, QuantizedVariant) else _MATRIX_KERNEL)(
-        [query, kv_cache, plan.block_table, plan.work, constants(*factors), order_input(order_token)],
-        [((*partial, head_size), mx.float32), ((*partial, 2), mx.float32)],
-        threadgroups=(plan.num_ranges * row_format.num_kv_heads * variant.parts, 1),
-        threads=variant.simdgroups * 32,
+    factors = score_factors(scale, soft_cap)
+    return kernel(
+        [query, kv_cache, plan.block_table, plan.work, factors, order_input(order_token)],
+        plan,
+        (query.shape[1], row_format.head_size),
+        query.dtype,
+        sinks=sinks,
         template=template,
+        per_range=row_format.num_kv_heads * variant.parts,
+        threads=variant.simdgroups * 32,
     )
-    return join_ranges(weighted, stats, plan, sinks, query.dtype)
 
 
 def _vector(row_format: RowFormat, element: ElementFormat, width: int, first_word: int) -> int:

@@ -6,11 +6,10 @@ import mlx.core as mx
 from jaxtyping import Float, UInt32
 
 from metal_kernels import reference
-from metal_kernels.decode_plan import plan_decode
-from metal_kernels.kernels.dispatch import Accepted, QuantizedMatrixVariant, QuantizedVariant, Rejected
+from metal_kernels.kernels.dispatch import Accepted, MatrixVariant, QuantizedVariant, Rejected
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.quantized_decode import quantized_decode
-from metal_kernels.kernels.split_step import split_step
+from metal_kernels.kernels.split_step import SplitStep, attend_split
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.row_format import RowFormat
 
@@ -20,7 +19,7 @@ def quantized_paged_attention(
     kv_cache: UInt32[mx.array, "blocks block_size row_words"],
     batch: RaggedBatch,
     row_format: RowFormat,
-    decode: Accepted[QuantizedVariant] | Accepted[QuantizedMatrixVariant] | Rejected,
+    decode: Accepted[QuantizedVariant] | Accepted[MatrixVariant] | Rejected,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -42,24 +41,23 @@ def quantized_paged_attention(
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
-    if batch.num_tokens == 0:
-        return query
-    split = split_step(batch, isinstance(decode, Accepted))
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
-    outputs = []
-    if isinstance(decode, Accepted) and split.singles.size:
-        per_range = row_format.num_kv_heads * decode.variant.parts * decode.variant.simdgroups
-        plan = batch.once(
-            ("decode plan", sliding_window, per_range),
-            lambda: plan_decode(batch, split.singles, sliding_window, per_range),
-        )
-        out = quantized_decode(query, kv_cache, plan, decode.variant, row_format, order_token=order_token, **options)
-        outputs.append(out)
-    if split.others is not None:
-        words, own = own_pages(kv_cache.view(mx.float32), split.others, order_token)
-        rows, pages = query[split.other_rows], words.view(mx.uint32)
-        out = reference.quantized_paged_attention(
+
+    def others(split: SplitStep, batch: RaggedBatch) -> mx.array:
+        words, own = own_pages(kv_cache.view(mx.float32), batch, order_token)
+        rows, pages = split.of_others(query), words.view(mx.uint32)
+        return reference.quantized_paged_attention(
             rows, pages, own, row_format, sliding_window=sliding_window, **options
         )
-        outputs.append(out)
-    return split.join(outputs)
+
+    return attend_split(
+        query,
+        batch,
+        row_format.num_kv_heads,
+        sliding_window,
+        decode,
+        lambda plan, variant: quantized_decode(
+            query, kv_cache, plan, variant, row_format, order_token=order_token, **options
+        ),
+        others,
+    )

@@ -1,9 +1,9 @@
 """A kernel whose one body is launched through MLX on Metal or on CUDA."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class PortableKernel:
     def _parts(self, language: str) -> dict[str, Any]:
         names = [f"{name}{end}.h" for name in ("prelude", *self.headers) for end in (f"_{language}", "")]
         files = [_FOLDER / name for name in names if (_FOLDER / name).exists()]
-        told = _included if language == "cuda" else _text
+        told = _included if language == "cuda" else partial(_text, defines=self.defines)
         return {
             "name": self.name,
             "input_names": list(self.inputs),
@@ -84,9 +84,37 @@ class PortableKernel:
         }
 
 
-def _text(file: Path) -> str:
-    """Return what a file says, line by line, without comments and indentation: MLX hashes it at every launch."""
-    return "".join(re.sub(r"\s*//.*| +(?= )|^ +", "", line) + "\n" for line in file.read_text().splitlines())
+def _text(file: Path, defines: str) -> str:
+    """Return what a file says, line by line, without comments, indentation and branches that ``defines`` leave out.
+
+    MLX hashes it at every launch.
+    """
+    lines = _taken(file.read_text().splitlines(), dict(re.findall(r"#define (\w+) (\d+)\n", defines)))
+    return "".join(re.sub(r"\s*//.*| +(?= )|^ +", "", line) + "\n" for line in lines)
+
+
+def _taken(lines: Iterable[str], values: dict[str, str]) -> Iterator[str]:
+    """Yield the lines of branches that ``values`` take, and whole those that ask for something else."""
+    branches: list[bool | None] = []  # whether each that is open is taken; None if the compiler decides
+    for line in lines:
+        asked = re.fullmatch(r"#if (\w+)(?: (==|!=) (\d+))?", line)
+        if line.startswith("#if"):
+            known = asked is not None and asked[1] in values
+            branches.append(_holds(values[asked[1]], asked[2] or "!=", asked[3] or "0") if asked and known else None)
+            keep = branches[-1] is None
+        elif line in ("#else", "#endif"):
+            last = branches.pop()
+            keep = last is None
+            if line == "#else":
+                branches.append(None if last is None else not last)
+        else:
+            keep = True
+        if keep and False not in branches:
+            yield line
+
+
+def _holds(value: str, compared: str, other: str) -> bool:
+    return (value == other) == (compared == "==")
 
 
 def _included(file: Path) -> str:

@@ -5,11 +5,10 @@ from typing import Any
 import mlx.core as mx
 from jaxtyping import Float
 
-from metal_kernels.decode_plan import plan_decode
-from metal_kernels.kernels.dispatch import Accepted, DecodeVariant, Rejected
+from metal_kernels.kernels.dispatch import Accepted, DecodeVariant, MatrixVariant, Rejected
 from metal_kernels.kernels.paged_decode import paged_decode
 from metal_kernels.kernels.prefill import prefill
-from metal_kernels.kernels.split_step import split_step
+from metal_kernels.kernels.split_step import SplitStep, attend_split
 from metal_kernels.ragged import RaggedBatch
 
 
@@ -17,7 +16,7 @@ def paged_attention(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     batch: RaggedBatch,
-    decode: Accepted[DecodeVariant] | Rejected,
+    decode: Accepted[DecodeVariant] | Accepted[MatrixVariant] | Rejected,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -42,22 +41,20 @@ def paged_attention(
         key: The step's own keys, as written.
         value: Its values, likewise.
     """
-    if batch.num_tokens == 0:
-        return query
-    split = split_step(batch, isinstance(decode, Accepted))
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "order_token": order_token}
-    outputs = []
-    if isinstance(decode, Accepted) and split.singles.size:
-        per_range = kv_cache.shape[3] * decode.variant.parts * decode.variant.simdgroups
-        plan = batch.once(
-            ("decode plan", sliding_window, per_range),
-            lambda: plan_decode(batch, split.singles, sliding_window, per_range),
-        )
-        outputs.append(paged_decode(query, kv_cache, plan, decode.variant, **options))
-    if split.others is not None:
-        rows = query[split.other_rows]
-        own: dict[str, Any] = {}
+
+    def others(split: SplitStep, batch: RaggedBatch) -> mx.array:
+        own = {}
         if key is not None and value is not None:
-            own = {"key": key[split.other_rows], "value": value[split.other_rows]}
-        outputs.append(prefill(rows, kv_cache, split.others, sliding_window=sliding_window, **options, **own))
-    return split.join(outputs)
+            own = {"key": split.of_others(key), "value": split.of_others(value)}
+        return prefill(split.of_others(query), kv_cache, batch, sliding_window=sliding_window, **options, **own)
+
+    return attend_split(
+        query,
+        batch,
+        kv_cache.shape[3],
+        sliding_window,
+        decode,
+        lambda plan, variant: paged_decode(query, kv_cache, plan, variant, **options),
+        others,
+    )

@@ -1,6 +1,13 @@
 """Which kernel variant serves a call, or why none does: a module for the verdict on each kernel."""
 
-from metal_kernels.kernels.dispatch.decode import DecodeVariant, decode_kernel, decode_variant, rope_decode_kernel
+from metal_kernels.kernels.dispatch.decode import (
+    DecodeVariant,
+    MatrixVariant,
+    decode_kernel,
+    decode_variant,
+    rope_decode_kernel,
+    write_decode_kernel,
+)
 from metal_kernels.kernels.dispatch.experts import ExpertVariant, expert_kernel, routing_kernel
 from metal_kernels.kernels.dispatch.latent import LatentVariant, mla_decode_kernel
 from metal_kernels.kernels.dispatch.linear import LinearVariant, linear_kernel, linear_variant
@@ -12,7 +19,6 @@ from metal_kernels.kernels.dispatch.prefill import (
     prefill_kernel,
 )
 from metal_kernels.kernels.dispatch.quantized import (
-    QuantizedMatrixVariant,
     QuantizedVariant,
     quantized_decode_kernel,
     quantized_write_kernel,
@@ -38,10 +44,10 @@ __all__ = [
     "HEAD_SIZES",
     "LatentVariant",
     "LinearVariant",
+    "MatrixVariant",
     "PageKernels",
     "PrefillVariant",
     "PrefillWork",
-    "QuantizedMatrixVariant",
     "QuantizedVariant",
     "Rejected",
     "RowKernels",
@@ -63,4 +69,5 @@ __all__ = [
     "routing_kernel",
     "row_kernels",
     "short_conv_kernel",
+    "write_decode_kernel",
 ]

@@ -9,7 +9,7 @@ from metal_kernels.device import Target
 from metal_kernels.kernels.dispatch.verdict import HEAD_SIZES, Accepted, Rejected
 
 _FUSED_HEAD_SIZES = (64, 80, 96, 128)
-MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
+_MAX_TILED_HEAD = 192  # beyond, four SIMD-groups' keys and values exceed threadgroup memory
 _TILED_KEY = 0.06  # per key of the longest request, however few rows see it
 _TILED_RATE = 1.2e8
 _FUSED_REQUEST = 45.0
@@ -44,7 +44,7 @@ def prefill_kernel(
         return Rejected(f"query is {query_dtype}, cache {cache_dtype}; the kernel takes both as float16 or bfloat16")
     if head_size not in HEAD_SIZES:
         return Rejected(f"head size {head_size} is not one of {HEAD_SIZES}")
-    return Accepted(PrefillVariant(simdgroups=4 if head_size <= MAX_TILED_HEAD else 2))
+    return Accepted(PrefillVariant(simdgroups=4 if head_size <= _MAX_TILED_HEAD else 2))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from functools import cache
 import mlx.core as mx
 
 from metal_kernels.device import Target
-from metal_kernels.kernels.dispatch.prefill import MAX_TILED_HEAD
+from metal_kernels.kernels.dispatch.decode import MatrixVariant
 from metal_kernels.kernels.dispatch.rows import PageKernels
 from metal_kernels.kernels.dispatch.verdict import FLOAT_DTYPES, HEAD_SIZES, Accepted, Rejected
 from metal_kernels.row_format import RowFormat
 
 _MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
+_MAX_MATRIX_SHARED = 768  # likewise, on matrix units, for eight of them
 _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
 
 
@@ -35,20 +36,16 @@ class QuantizedVariant:
     unrolled: int
     parts: int
 
-
-@dataclass(frozen=True)
-class QuantizedMatrixVariant:
-    """How decode over 8-bit rows on matrix units is laid out.
-
-    Args:
-        heads: Query heads of one threadgroup, at most 8.
-        simdgroups: SIMD-groups of a threadgroup; each takes 16 keys at a time.
-        parts: Threadgroups that share the query heads of one key head.
-    """
-
-    heads: int
-    simdgroups: int
-    parts: int
+    @property
+    def template(self) -> dict[str, int | mx.Dtype]:
+        """Template values of the body."""
+        return {
+            "HEADS": self.heads,
+            "LANES": self.lanes,
+            "WIDTH": self.width,
+            "SIMDGROUPS": self.simdgroups,
+            "UNROLLED": self.unrolled,
+        }
 
 
 @cache
@@ -66,7 +63,7 @@ def quantized_write_kernel(target: Target, row_format: RowFormat, size: int) -> 
 @cache
 def quantized_decode_kernel(
     target: Target, query_dtype: mx.Dtype, row_format: RowFormat, group: int
-) -> Accepted[QuantizedVariant] | Accepted[QuantizedMatrixVariant] | Rejected:
+) -> Accepted[QuantizedVariant] | Accepted[MatrixVariant] | Rejected:
     """Decide on decode over quantised rows for ``group`` query heads per key head."""
     if target == "cpu":
         return Rejected("the default device is a CPU")
@@ -79,7 +76,8 @@ def quantized_decode_kernel(
     # Matrices are of float16, for rows of whole 16-byte words.
     if eight_bits and query_dtype != mx.float32 and row_format.row_words % 4 == 0:
         parts = -(-group // 8)
-        return Accepted(QuantizedMatrixVariant(-(-group // parts), 4 if head_size <= MAX_TILED_HEAD else 2, parts))
+        heads = -(-group // parts)
+        return Accepted(MatrixVariant(heads, 8 if heads * head_size <= _MAX_MATRIX_SHARED else 4, 1, parts))
     # More heads of a threadgroup need more registers for each element; fewer elements leave room for them.
     width = 16 if group <= 2 else 8
     lanes = next(lanes for lanes in (4, 8, 16, 32) if lanes * width >= head_size)

@@ -1,0 +1,1 @@
+#define FP8_UNIT 256
