@@ -61,6 +61,71 @@ def test_a_state_lies_in_the_block_of_the_last_token_it_has_seen() -> None:
     assert blocks.before.tolist() == [0, 3, 6, 4]
 
 
+def test_rows_that_run_past_a_block_leave_a_state_in_it() -> None:
+    table = [[7, 5, 0], [0, 5, 6], [0, 0, 6], [8, 0, 0], [2, 4, 0]]
+    blocks = state_blocks(batch([6, 10, 9, 4, 1], [6, 10, 9, 4, 5], table), BLOCK)
+    assert blocks.inside.tolist() == [7, 5, 0, 0, 0]
+    assert blocks.rows_until.tolist() == [4, 8, 0, 0, 0]
+    continued = state_blocks(batch([5], [12], [[3, 9, 6]]), BLOCK)
+    assert (continued.inside.tolist(), continued.rows_until.tolist()) == ([9], [1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    order=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=5, unique=True), min_size=1, max_size=8),
+    evaluated=st.booleans(),
+    moves=st.randoms(use_true_random=False),
+)
+def test_states_of_any_requests_of_a_step(order: list[list[int]], evaluated: bool, moves: object) -> None:
+    """Steps read and leave the states of some requests, in any order, some of them in another block than before."""
+    pool = hybrid_pool(12)
+    layer, block_of, value_of, free = pool.layer("state"), {}, {}, list(range(1, 12))
+    for step, who in enumerate(order):
+        known = [name for name in who if name in block_of]
+        if known:
+            found = values_of(layer.read_states(mx.array([block_of[name] for name in known], mx.int32)))
+            assert found == [value_of[name] for name in known]
+        for name in who:
+            if name not in block_of or moves.random() < 0.3:  # type: ignore[attr-defined]
+                free += [block_of[name]] if name in block_of else []
+                block_of[name] = free.pop(0)
+            value_of[name] = float(10 * step + name)
+        layer.write_states(
+            states_of([value_of[name] for name in who]), mx.array([block_of[name] for name in who], mx.int32)
+        )
+        if evaluated:
+            mx.eval(pool.arrays())
+    names = list(block_of)
+    found = values_of(layer.read_states(mx.array([block_of[name] for name in names], mx.int32)))
+    assert found == [value_of[name] for name in names]
+
+
+def test_a_block_that_changes_hands_is_not_written_to_afterwards() -> None:
+    pool = hybrid_pool(6)
+    state, rows = pool.layer("state"), pool.layer("rows")
+    size = rows.spec.block_size
+    state.write_states(states_of([1.0, 2.0]), mx.array([4, 2]))
+    mx.eval(pool.arrays())
+    metadata = AttentionMetadata.build(np.array([0, 1]), np.array([1]), np.array([[4]], np.int32), size)
+    rows.write(mx.full((1, 1, 4), 7.0), mx.full((1, 1, 4), 8.0), metadata)
+    state.write_states(states_of([3.0]), mx.array([2]))
+    mx.eval(pool.arrays())
+    assert rows.kv_cache[4, :, 0, 0, 0].tolist() == [7.0, 8.0]
+    assert values_of(state.read_states(mx.array([2]))) == [3.0]
+    assert pool.layer("state").kv_cache.shape[0] == 6
+
+
+def test_states_are_found_after_copies_and_not_after_a_reset() -> None:
+    pool = hybrid_pool(6)
+    layer = pool.layer("state")
+    layer.write_states(states_of([1.0, 2.0]), mx.array([4, 2]))
+    pool.copy_blocks([(4, 5)])
+    assert values_of(layer.read_states(mx.array([2, 5, 4]))) == [2.0, 1.0, 1.0]
+    layer.write_states(states_of([3.0]), mx.array([4]))
+    pool.reset()
+    assert values_of(layer.read_states(mx.array([4, 2]))) == [0.0, 0.0]
+
+
 def test_a_request_without_rows_has_no_part_in_a_step() -> None:
     blocks = state_blocks(batch([0, 1], [4, 1], [[0], [3]]), BLOCK)
     assert blocks.after.tolist()[1] == 3

@@ -106,9 +106,10 @@ def test_a_new_request_sees_nothing_of_the_one_whose_blocks_it_gets(
             server.free.extend(reversed(table))
 
 
+@pytest.mark.parametrize("steps", [(0, 3), (3,)], ids=["a step ends there", "a step runs past it"])
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "mamba2"])
 def test_a_full_block_keeps_the_state_at_its_end(
-    family: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace
+    family: str, steps: Sequence[int], tiny: Callable[..., PagedModel], lab: SimpleNamespace
 ) -> None:
     model = tiny(family)
     server = lab.Server(model)
@@ -116,8 +117,8 @@ def test_a_full_block_keeps_the_state_at_its_end(
     first, other = lab.prompts(model.vocab_size, (shared + 7, 9))
     second = first[:shared] + other
     requests = [server.request(first)]
-    server.step([(requests[0], shared)])
-    server.step([(requests[0], 7)])
+    for end in steps:
+        server.step([(requests[0], shared + end - requests[0].computed)])
     requests.append(server.request(second, shares=requests[0], shared_tokens=shared))
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
     check(lab, model, requests, [first, second])
