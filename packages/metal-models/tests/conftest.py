@@ -54,10 +54,10 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 @pytest.fixture
 def tiny() -> Callable[..., PagedModel]:
-    """Build the tiny fp32 model of ``configs/<name>.json``, quantised on request."""
+    """Build the tiny fp32 model of a config or of ``configs/<name>.json``, quantised on request."""
 
-    def make(name: str, *, bits: int | None = None, **changes: Any) -> PagedModel:
-        config = read_config(name) | changes
+    def make(source: str | dict[str, Any], *, bits: int | None = None, **changes: Any) -> PagedModel:
+        config = (read_config(source) if isinstance(source, str) else source) | changes
         module = randomise(build(config))
         if bits is not None:
             nn.quantize(module, group_size=32, bits=bits, class_predicate=_quantisable)

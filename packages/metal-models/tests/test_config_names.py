@@ -1,5 +1,8 @@
 """Configs written by transformers 5 mean what they say."""
 
+import mlx.nn as nn
+import pytest
+
 from metal_models.config_names import with_old_names
 from metal_models.registry import build
 
@@ -28,3 +31,23 @@ def test_models_are_built_with_them(lab) -> None:
         config.pop(name, None)
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1234.0}
     assert build(config).model.layers[0].self_attn.rope.base == 1234.0
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("glm4_moe", ("rope_theta", "rope_scaling", "partial_rotary_factor")),
+        ("gpt_neox", ("rotary_emb_base", "rotary_pct")),
+    ],
+)
+def test_models_that_insist_on_old_names_are_built_without_them(lab, name: str, absent: tuple[str, ...]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1234.0, "partial_rotary_factor": 0.25}
+    config = {key: value for key, value in lab.read_config(name).items() if key not in absent}
+    ropes = [module for module in build(config | {"rope_parameters": rope}).modules() if isinstance(module, nn.RoPE)]
+    assert {(rope.base, rope.dims) for rope in ropes} == {(1234.0, 4)}
+
+
+def test_experts_by_the_other_name(lab) -> None:
+    config = lab.read_config("mellum")
+    config["num_local_experts"] = config.pop("num_experts")
+    assert build(config).args.num_experts == config["num_local_experts"]

@@ -1,8 +1,10 @@
 """Every architecture of mlx-lm: served among others, in pieces, evicted and from shared blocks, it generates the same.
 
-A tiny config for each is in ``configs``. What is refused is skipped with its reason.
+A tiny config for each is in ``configs``; ``config_variants`` changes these to what is special in popular checkpoints.
+What is refused is skipped with its reason.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +22,20 @@ WITHOUT_CACHE = {"plamo3"}
 # mlx-lm itself cannot quantise these: their projections do not take the arguments that nn.quantize passes.
 UNQUANTISED = {"afm7"}
 ARCHITECTURES = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.json"))
-
-pytestmark = pytest.mark.slow
+VARIANTS = {
+    f"{path.stem}: {name}": (path.stem, changes)
+    for path in sorted((Path(__file__).parent / "config_variants").glob("*.json"))
+    for name, changes in json.loads(path.read_text()).items()
+}
+QUICK = (
+    "deepseek_v3: deepseek-v3",
+    "gemma4: gemma4-e2b",
+    "internlm3: internlm3",
+    "llama4: llama4-scout",
+    "nemotron_h: nemotron-3-nano",
+    "nemotron-nas: nemotron-nas 49b",
+)
+ABSENT = "absent"
 
 
 def check(lab: SimpleNamespace, model: PagedModel, request: Any, prompt: list[int]) -> None:
@@ -71,11 +85,30 @@ def model_or_skip(tiny: Callable[..., PagedModel], architecture: str, **options:
         pytest.skip(error.reason)
 
 
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with changes, those of ``text_config`` within it; ``"absent"`` takes a name out."""
+    new = dict(config)
+    for name, value in changes.items():
+        inner = name == "text_config" and name in config
+        new[name] = changed(config[name], value) if inner else value
+    return {name: value for name, value in new.items() if value != ABSENT}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
+def test_popular_checkpoints(variant: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
+    architecture, changes = VARIANTS[variant]
+    serve(lab, tiny(changed(lab.read_config(architecture), changes)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_full_precision(architecture: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
     serve(lab, model_or_skip(tiny, architecture))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_four_bits(architecture: str, tiny: Callable[..., PagedModel], lab: SimpleNamespace) -> None:
     if architecture in UNQUANTISED:
@@ -83,6 +116,7 @@ def test_four_bits(architecture: str, tiny: Callable[..., PagedModel], lab: Simp
     serve(lab, model_or_skip(tiny, architecture, bits=4))
 
 
+@pytest.mark.slow
 def test_nine_of_ten_architectures_run(lab: SimpleNamespace) -> None:
     refused = {}
     for architecture in ARCHITECTURES:

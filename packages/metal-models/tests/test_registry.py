@@ -37,20 +37,6 @@ def test_refused_with_the_reason(family: str, reason: str, lab: SimpleNamespace)
     assert repr(family) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "rope_scaling", [{"type": "dynamic", "factor": 2.0}, {"type": "linear", "factor": 2.0}], ids=lambda s: s["type"]
-)
-def test_rotary_embeddings_that_depend_on_one_length_are_refused(
-    rope_scaling: dict[str, Any], lab: SimpleNamespace
-) -> None:
-    config = lab.read_config("internlm2") | {"rope_scaling": rope_scaling}
-    if rope_scaling["type"] == "linear":
-        supported(config)
-        return
-    with pytest.raises(UnsupportedModelError, match="one position for all rows"):
-        supported(config)
-
-
 def test_unknown_architecture() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'gpt_17'.*no model of that type"):
         supported({"model_type": "gpt_17"})

@@ -33,8 +33,10 @@ def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
 
 def _named(config: dict[str, Any]) -> dict[str, Any]:
     found = _rope(config.get("rope_parameters")) | _full_layers(config)
+    found["num_experts"] = config.get("num_local_experts")
     missing = {name: value for name, value in found.items() if value is not None and config.get(name) is None}
-    return {**config, **missing}
+    unscaled = {"rope_scaling": None} if config.get("rope_parameters") else {}  # some files ask for it
+    return {**unscaled, **config, **missing}
 
 
 def _rope(rope: Any) -> dict[str, Any]:
@@ -47,7 +49,8 @@ def _rope(rope: Any) -> dict[str, Any]:
         found["rope_local_base_freq"] = local.get("rope_theta")
         rope = rope.get("full_attention") or {}
     found["rope_theta"] = rope.get("rope_theta")
-    found["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    found["rotary_emb_base"] = found["rope_theta"]
+    found["partial_rotary_factor"] = found["rotary_pct"] = rope.get("partial_rotary_factor")
     if rope.get("rope_type", "default") != "default":
         found["rope_scaling"] = {"type": rope["rope_type"], **rope}
     return found

@@ -17,7 +17,7 @@ class DynamicNTKScalingRoPE(_DynamicRoPE):  # type: ignore[misc]
     """
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        """Turn heads ``[batch, heads, length, head_size]``; ``offset`` is the first position, of each row or of all."""
+        """Turn heads ``[batch, heads, length, head_size]``; ``offset`` is the first position, of each or of all."""
         if not isinstance(offset, mx.array) or offset.ndim == 0:
             turned: mx.array = super().__call__(x, offset)
             return turned

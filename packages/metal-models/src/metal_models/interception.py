@@ -39,7 +39,7 @@ def install() -> None:
 
     Idempotent. Models that run on mlx-lm's own caches are not affected.
     """
-    rope_utils.DynamicNTKScalingRoPE = DynamicNTKScalingRoPE
+    rope_utils.DynamicNTKScalingRoPE = DynamicNTKScalingRoPE  # type: ignore[misc]
     base.scaled_dot_product_attention = scaled_dot_product_attention
     for name, module in list(sys.modules.items()):
         if (

@@ -15,6 +15,7 @@ from metal_models.encoders import build_encoder, is_encoder
 from metal_models.errors import MetalModelsError, UnsupportedModelError
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
+from metal_models.tensor_layouts import reading_other_layouts
 from metal_models.tracing import trace
 
 # mlx-lm's model files that adapters has a module for, of the same name and with the same two names in it.
@@ -82,7 +83,7 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     if file in _REFUSED:
         raise UnsupportedModelError(architecture, _REFUSED[file])
     if file not in _ADAPTED:
-        return classes[0], reading_new_names(classes[1])
+        return reading_other_layouts(classes[0]), reading_new_names(classes[1])
     module = importlib.import_module(f"metal_models.adapters.{file}")
     return module.Model, reading_new_names(module.ModelArgs)
 
