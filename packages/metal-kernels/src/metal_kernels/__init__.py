@@ -14,8 +14,8 @@ from metal_kernels.decode_attention import decode_attention
 from metal_kernels.decode_plan import DecodePlan, DecodeSizes, pack_decode, plan_decode
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
-from metal_kernels.experts import choose_experts, expert_linear, expert_silu_and_mul
-from metal_kernels.fused_linear import fused_linear
+from metal_kernels.experts import choose_experts, expert_linear, expert_silu_and_mul, serves_experts
+from metal_kernels.fused_linear import fused_linear, head_linear
 from metal_kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.gated_delta_rows import GatedDeltaRows, HeadPart
 from metal_kernels.gather_kv_cache import gather_kv_cache
@@ -36,6 +36,7 @@ from metal_kernels.reshape_and_cache import reshape_and_cache
 from metal_kernels.rope_and_attend import rope_and_attend
 from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
+from metal_kernels.stacked_weights import StackedWeights
 from metal_kernels.write_and_attend import write_and_attend
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "choose_experts",
     "expert_silu_and_mul",
     "expert_linear",
+    "serves_experts",
     # between the matmuls
     "rope_and_cache",
     "rope_and_attend",
@@ -85,7 +87,9 @@ __all__ = [
     "silu_and_mul",
     # a matmul with what is around it
     "fused_linear",
+    "head_linear",
     "LinearWeights",
+    "StackedWeights",
     # where it runs
     "target",
     "keep_with_host",

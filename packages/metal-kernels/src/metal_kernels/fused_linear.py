@@ -8,10 +8,11 @@ from metal_kernels.checks import require_rows
 from metal_kernels.device import target
 from metal_kernels.errors import MetalKernelsError
 from metal_kernels.linear_weights import LinearWeights
+from metal_kernels.stacked_weights import StackedWeights
 
 
 def fused_linear(
-    rows: Float[mx.array, "rows inputs"],
+    rows: Float[mx.array, "rows row_size"],
     weights: LinearWeights,
     *,
     norm: Float[mx.array, "inputs"] | None = None,
@@ -22,7 +23,7 @@ def fused_linear(
     """Apply a linear layer, after a norm or before an activation or a sum.
 
     Args:
-        rows: Of the input.
+        rows: Of the input; if they are wider than the layer takes, the first elements of each.
         weights: Of the layer.
         norm: Weight of a root-mean-square norm (arXiv:1910.07467) of each row before the layer; None for no norm.
         eps: Added to the mean square.
@@ -42,7 +43,7 @@ def fused_linear(
             f"[fused_linear] expected an even number of gated outputs, got {weights.outputs}. Join gate and up."
         )
     width = weights.outputs // 2 if gated else weights.outputs
-    require_rows("fused_linear", "rows", rows, (rows.shape[0], weights.inputs))
+    _require_width("fused_linear", rows, weights.inputs)
     if norm is not None:
         require_rows("fused_linear", "norm", norm, (weights.inputs,))
     if residual is not None:
@@ -52,3 +53,31 @@ def fused_linear(
     if rows.size and isinstance(linear, kernels.Accepted) and (extra is None or extra.dtype == rows.dtype):
         return kernels.fused_linear(rows, weights, linear.variant, norm=norm, eps=eps, residual=residual, gated=gated)
     return reference.fused_linear(rows, weights, norm=norm, eps=eps, residual=residual, gated=gated)
+
+
+def head_linear(
+    rows: Float[mx.array, "tokens heads row_size"], weights: StackedWeights
+) -> Float[mx.array, "tokens heads outputs"]:
+    """Apply a linear layer to each head of each row.
+
+    Args:
+        rows: Heads of the rows; if they are wider than the layers take, the first elements of each.
+        weights: A layer for each head.
+
+    Raises:
+        MetalKernelsError: Shapes do not fit.
+    """
+    heads, _, inputs = weights.shape
+    require_rows("head_linear", "rows", rows, (rows.shape[0], heads, rows.shape[2]))
+    _require_width("head_linear", rows, inputs)
+    linear = kernels.head_linear_kernel(target(), rows.dtype, weights, rows.shape[0])
+    if rows.size and isinstance(linear, kernels.Accepted):
+        return kernels.head_linear(rows, weights, linear.variant)
+    return reference.head_linear(rows, weights)
+
+
+def _require_width(operation: str, rows: mx.array, inputs: int) -> None:
+    if rows.shape[-1] < inputs:
+        raise MetalKernelsError(
+            f"[{operation}] expected rows of at least {inputs} elements, got {rows.shape}. Pass the layer's own input."
+        )

@@ -10,7 +10,7 @@ from metal_kernels.errors import MetalKernelsError
 
 
 def add_rms_norm(
-    rows: Float[mx.array, "tokens hidden"],
+    rows: Float[mx.array, "tokens *addends hidden"],
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
@@ -18,21 +18,22 @@ def add_rms_norm(
     """Add rows to a residual and normalise the sums to a root mean square of 1 (arXiv:1910.07467).
 
     Args:
-        rows: What a layer returned.
+        rows: What a layer returned; with an axis more, what its parts returned, to be summed in float32.
         residual: What it is added to.
         weight: Factor of each column.
         eps: Added to the mean square.
 
     Returns:
-        The normalised sums times ``weight``, and the sums themselves, which are the next residual. Sums are rounded
-        to the rows' dtype before they are normalised; the mean is taken in float32.
+        The normalised sums times ``weight``, and the sums themselves, which are the next residual, in its dtype. Sums
+        are rounded to it before they are normalised; the mean is taken in float32.
 
     Raises:
         MetalKernelsError: Shapes differ.
     """
-    require_rows("add_rms_norm", "residual", residual, rows.shape)
-    require_rows("add_rms_norm", "weight", weight, rows.shape[1:])
-    if isinstance(kernels.row_kernels(target(), rows.dtype, rows.shape[1]), kernels.Accepted):
+    require_rows("add_rms_norm", "residual", residual, (rows.shape[0], rows.shape[-1]))
+    require_rows("add_rms_norm", "weight", weight, rows.shape[-1:])
+    dtypes = {rows.dtype, residual.dtype}
+    if all(isinstance(kernels.row_kernels(target(), dtype, rows.shape[-1]), kernels.Accepted) for dtype in dtypes):
         return kernels.add_rms_norm(rows, residual, weight, eps)
     return reference.add_rms_norm(rows, residual, weight, eps)
 

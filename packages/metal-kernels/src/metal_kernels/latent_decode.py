@@ -25,11 +25,10 @@ def latent_rope_and_cache(
     eps: float,
     traditional: bool = False,
 ) -> tuple[
-    Float[mx.array, "q_heads tokens nope_size"],
     Float[mx.array, "tokens q_heads rope_size"],
     Float[mx.array, "blocks block_size row_size"],
 ]:
-    """Take queries apart, and write normed latents and rotated keys at their slots.
+    """Rotate the rotary parts of queries, and write normed latents and rotated keys at their slots.
 
     The rotated queries are the order token of the write: attention that takes them sees the rows. The cache is
     written as :func:`metal_kernels.concat_and_cache_mla` writes it.
@@ -46,7 +45,7 @@ def latent_rope_and_cache(
         traditional: Whether a pair is two neighbours, not elements half the rotary size apart.
 
     Returns:
-        The queries that meet latents, heads first, as a matmul for each head takes them; the rotated parts; the cache.
+        The rotated parts; the cache.
 
     Raises:
         MetalKernelsError: Shapes do not fit together.
@@ -80,11 +79,10 @@ def latent_decode(
     *,
     scale: float,
     order_token: mx.array | None = None,
-) -> Float[mx.array, "q_heads tokens latent_size"]:
+) -> Float[mx.array, "tokens q_heads latent_size"]:
     """Attend one row of each request to the latents that the plan names.
 
-    What :func:`metal_kernels.mla_attention` does for such requests, for callers that make the plan themselves; heads
-    come first in the result, as a matmul for each head takes them.
+    What :func:`metal_kernels.mla_attention` does for such requests, for callers that make the plan themselves.
 
     Args:
         query_latent: Absorbed queries, one row for each request, in the plan's order.
@@ -106,5 +104,5 @@ def latent_decode(
     if kernels.move_pages(kv_cache):
         decode = kernels.mla_decode_kernel(target(), query_latent.dtype, kv_cache.dtype, latent_size, rope_size)
         if isinstance(decode, kernels.Accepted):
-            attend = partial(kernels.mla_decode, variant=decode.variant, heads_first=True)
+            attend = partial(kernels.mla_decode, variant=decode.variant)
     return attend(query_latent, query_rope, kv_cache, plan, scale=scale, order_token=order_token)

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kernels import LinearWeights, kernels, reference
+import metal_kernels
+from metal_kernels import LinearWeights, StackedWeights, kernels, reference
 from metal_kernels.kernels import Accepted, LinearVariant, Rejected, linear_kernel
 
 TOLERANCE = {mx.float16: 4e-3, mx.bfloat16: 3e-2}
@@ -71,9 +72,56 @@ def test_rows_that_are_a_view():
     check(array(rng, 6, 64)[::2], weights_of(rng, 32, 64), LinearVariant(2, 1, 2, 1))
 
 
+def test_rows_that_are_wider():
+    rng = np.random.default_rng(4)
+    rows, weights = array(rng, 5, 160), weights_of(rng, 32, 128)
+    check(rows, weights, LinearVariant(1, 1, 2, 1), norm=array(rng, 128), eps=1e-3)
+
+
+@pytest.mark.parametrize("use", [kernels, reference], ids=["kernel", "twin"])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "outputs", "variant"),
+    [(3, 3, 64, LinearVariant(2, 1, 2, 1)), (11, 2, 16, LinearVariant(1, 2, 4, 2))],
+)
+def test_heads(use, bits, tokens, heads, outputs, variant):
+    rng, inputs, dtype = np.random.default_rng(5), 128, mx.bfloat16 if use is kernels else mx.float32
+    rows = array(rng, tokens, heads, inputs + 32, dtype=dtype)
+    weight = array(rng, heads, outputs, inputs, dtype=dtype) * inputs**-0.5
+    weights = StackedWeights(weight) if bits is None else StackedWeights(*mx.quantize(weight, 64, bits), bits=bits)
+    got = use.head_linear(rows, weights, **({"variant": variant} if use is kernels else {}))
+    assert got.shape == (tokens, heads, outputs)
+    weight = weight if bits is None else mx.dequantize(*weights.arrays, group_size=64, bits=bits)
+    parts = [np.array(exactly(value)).astype(np.float64) for value in (rows[..., :inputs], weight)]
+    np.testing.assert_allclose(exactly(got), np.einsum("thi,hoi->tho", *parts), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tiles", "simdgroups"), [((16, 512, 128), 4, 4), ((16, 128, 512), 1, 8), ((128, 128, 512), 4, 8)]
+)
+def test_layouts_of_heads(shape, tiles, simdgroups):
+    found = kernels.head_linear_kernel("cuda", mx.bfloat16, StackedWeights(mx.zeros(shape, mx.bfloat16)), 32)
+    assert (found.variant.tiles, found.variant.simdgroups) == (tiles, simdgroups)
+    assert "float32" in kernels.head_linear_kernel("cuda", mx.float32, StackedWeights(mx.zeros(shape)), 32).why
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(metal_kernels.MetalKernelsError, match="at least 64 elements"):
+        metal_kernels.fused_linear(mx.zeros((3, 32)), LinearWeights(mx.zeros((16, 64))))
+    with pytest.raises(metal_kernels.MetalKernelsError, match=r"\(3, 4, 64\)"):
+        metal_kernels.head_linear(mx.zeros((3, 2, 64)), StackedWeights(mx.zeros((4, 16, 64))))
+
+
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "gated", "tiles", "simdgroups"),
-    [(32, 4096, 1024, False, 2, 8), (32, 6144, 1024, True, 3, 8), (1, 1024, 3072, False, 1, 16)],
+    [
+        (32, 4096, 1024, False, 2, 8),
+        (32, 6144, 1024, True, 3, 8),
+        (32, 16384, 2048, True, 4, 8),
+        (8, 16384, 2048, True, 2, 8),
+        (32, 2048, 8192, False, 2, 16),
+        (1, 1024, 3072, False, 1, 16),
+    ],
 )
 def test_layouts_fill_the_device(rows, outputs, inputs, gated, tiles, simdgroups):
     linear = linear_kernel(

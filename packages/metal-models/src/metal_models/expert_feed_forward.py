@@ -5,53 +5,72 @@ from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float
-from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
-from metal_kernels import expert_linear, expert_silu_and_mul, kernels, target
+from metal_kernels import StackedWeights, expert_linear, expert_silu_and_mul, serves_experts, target
 from metal_models.feed_forward import FeedForward
 from metal_models.normed_rows import NormedRows
 
 
 class ExpertFeedForward(FeedForward):
-    """A mixture of experts whose weights are not quantised.
+    """A mixture of experts.
 
     Args:
         module: The model's own, which computes steps of many rows.
         choose: From normed rows to each row's experts and their scores.
-        shared: From rows to what all rows get beside their experts; None for nothing.
+        chosen: How many experts that are.
+        shared: From rows to those with what all rows get beside their experts; None for nothing.
     """
 
     def __init__(
         self,
         module: Any,
-        choose: Callable[[mx.array], tuple[mx.array, mx.array]],
-        shared: Callable[[NormedRows], mx.array] | None,
+        choose: Callable[[NormedRows], tuple[mx.array, mx.array]],
+        chosen: int,
+        shared: Callable[[NormedRows], NormedRows] | None,
     ) -> None:
         self._module = module
         self._choose = choose
+        self._chosen = chosen
         self._shared = shared
+        experts = module.switch_mlp
+        self._weights = [_weights(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)]
 
     @staticmethod
     def possible(module: Any) -> bool:
-        """Whether the experts of ``module`` are plain linear layers on one machine, gated by a SiLU."""
+        """Whether the experts of ``module`` are linear layers of a known kind on one machine, gated by a SiLU."""
         experts = getattr(module, "switch_mlp", None)
         if type(experts) is not SwitchGLU or type(experts.activation) is not SwiGLU:
             return False
         if getattr(module, "sharding_group", None) is not None:
             return False
-        layers = [experts.gate_proj, experts.up_proj, experts.down_proj]
-        return all(type(layer) is SwitchLinear and "bias" not in layer for layer in layers)
+        return all(_known(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj))
 
     def __call__(self, rows: NormedRows) -> Float[mx.array, "tokens hidden"]:
-        """Return what is added to the residual."""
+        """Return what is added to the residual, by the model's own module."""
+        out: mx.array = self._module(rows.normed)
+        return out
+
+    def add_to(self, rows: NormedRows, norm: Any) -> NormedRows:
+        """Return the rows after the experts, seen through ``norm``."""
         normed = rows.normed
-        experts = self._module.switch_mlp
-        gate, up, down = experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight
-        kernel = kernels.expert_kernel(target(), normed.dtype, gate.dtype, gate.shape, normed.shape[0])
-        if target() != "cpu" and isinstance(kernel, kernels.Rejected):
-            out: mx.array = self._module(normed)
-            return out
-        ids, scores = self._choose(normed)
-        mixed = expert_linear(expert_silu_and_mul(normed, gate, up, ids), down, ids, scores).sum(axis=1)
-        mixed = mixed.astype(normed.dtype)
-        return mixed if self._shared is None else mixed + self._shared(rows)
+        if target() != "cpu" and not serves_experts(normed.dtype, self._weights, normed.shape[0], self._chosen):
+            return super().add_to(rows, norm)
+        gate, up, down = self._weights
+        ids, scores = self._choose(rows)
+        mixed = expert_linear(expert_silu_and_mul(normed, gate, up, ids), down, ids, scores)
+        if self._shared is not None:
+            rows = self._shared(rows)
+        return rows.plus(mixed, None, norm)
+
+
+def _known(layer: Any) -> bool:
+    if type(layer) is SwitchLinear:
+        return "bias" not in layer
+    return type(layer) is QuantizedSwitchLinear and "bias" not in layer and layer.mode == "affine"
+
+
+def _weights(layer: Any) -> StackedWeights:
+    if type(layer) is SwitchLinear:
+        return StackedWeights(layer.weight)
+    return StackedWeights(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)

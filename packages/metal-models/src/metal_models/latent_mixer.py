@@ -12,6 +12,7 @@ from metal_kernels.decode_plan import MIN_LATENT_RANGE
 from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import LatentSpec
 from metal_models.decode_program import Rotation
+from metal_models.head_linear import HeadLinear
 from metal_models.joined_linear import JoinedLinear
 from metal_models.normed_rows import NormedRows
 from metal_models.planned_mixer import PlanKey, PlannedMixer
@@ -26,22 +27,20 @@ class LatentMixer(TokenMixer):
         rotation: Of the rotary parts.
         scale: Factor of the scores.
         q_heads: Heads of queries.
-        query: From rows to all query heads.
-        latent: Projection to a latent and its rotary key.
+        project: From rows to all query heads, and to a latent and its rotary key.
         latent_norm: Of the latent.
-        absorb: From ``[q_heads, tokens, nope_size]`` to ``[q_heads, tokens, latent_size]``.
-        expand: From ``[q_heads, tokens, latent_size]`` to ``[q_heads, tokens, value_size]``.
+        absorb: From the parts of queries that are not rotated to queries that meet latents.
+        expand: From weighted latents to values.
         output: Projection of the result.
     """
 
     rotation: Rotation
     scale: float
     q_heads: int
-    query: Callable[[NormedRows], mx.array]
-    latent: JoinedLinear
+    project: Callable[[NormedRows], tuple[mx.array, mx.array]]
     latent_norm: nn.RMSNorm
-    absorb: Callable[[mx.array], mx.array]
-    expand: Callable[[mx.array], mx.array]
+    absorb: HeadLinear
+    expand: HeadLinear
     output: JoinedLinear
     keeps = "attn"
 
@@ -72,11 +71,10 @@ class BoundLatentAttention(PlannedMixer):
         mixer, tokens = self._mixer, step.positions.size
         slots, plan = self.slots_and_plan(step, tokens)
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
-        query, latent = mixer.query(rows), rows.through(mixer.latent)
-        absorbed: list[mx.array] = []
+        query, latent = mixer.project(rows)
 
         def write(pages: mx.array) -> tuple[mx.array, mx.array]:
-            nope, rope, written = latent_rope_and_cache(
+            return latent_rope_and_cache(
                 query,
                 latent,
                 cos_sin,
@@ -87,12 +85,11 @@ class BoundLatentAttention(PlannedMixer):
                 eps=mixer.latent_norm.eps,
                 traditional=mixer.rotation.traditional,
             )
-            absorbed.append(mixer.absorb(nope).swapaxes(0, 1))
-            return rope, written
 
         rope = self._pages.rewrite(write)
-        attended = latent_decode(absorbed[0], rope, self._pages.array, plan, scale=mixer.scale)
-        return mixer.expand(attended).swapaxes(0, 1).reshape(tokens, -1)
+        absorbed = mixer.absorb(query.reshape(tokens, mixer.q_heads, -1))
+        attended = latent_decode(absorbed, rope, self._pages.array, plan, scale=mixer.scale)
+        return mixer.expand(attended).reshape(tokens, -1)
 
 
 def _variant(cache: LayerCache) -> kernels.Accepted[kernels.LatentVariant] | kernels.Rejected:

@@ -9,6 +9,7 @@ from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
     DecodeVariant,
+    ExpertMatrixVariant,
     ExpertVariant,
     GatedDeltaVariant,
     GatheredPrefill,
@@ -22,8 +23,10 @@ from metal_kernels.kernels.dispatch import (
     Rejected,
     decode_kernel,
     expert_kernel,
+    expert_matrix_kernel,
     gated_delta_kernel,
     gathered_prefill,
+    head_linear_kernel,
     linear_kernel,
     mamba2_kernel,
     mla_decode_kernel,
@@ -37,8 +40,9 @@ from metal_kernels.kernels.dispatch import (
     short_conv_kernel,
     write_decode_kernel,
 )
+from metal_kernels.kernels.expert_matrix import expert_matrix
 from metal_kernels.kernels.experts import choose_experts, expert_linear, expert_silu_and_mul
-from metal_kernels.kernels.fused_linear import fused_linear
+from metal_kernels.kernels.fused_linear import fused_linear, head_linear
 from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.latent_rope_and_cache import latent_rope_and_cache
 from metal_kernels.kernels.mamba2_decode import mamba2_decode
@@ -61,6 +65,7 @@ from metal_kernels.kernels.step import paged_attention
 __all__ = [
     "Accepted",
     "DecodeVariant",
+    "ExpertMatrixVariant",
     "ExpertVariant",
     "GatedDeltaVariant",
     "GatheredPrefill",
@@ -78,6 +83,8 @@ __all__ = [
     "decode_kernel",
     "expert_kernel",
     "expert_linear",
+    "expert_matrix",
+    "expert_matrix_kernel",
     "expert_silu_and_mul",
     "fused_linear",
     "gated_delta_decode",
@@ -86,6 +93,8 @@ __all__ = [
     "gather_halves",
     "gathered_prefill",
     "gather_states",
+    "head_linear",
+    "head_linear_kernel",
     "linear_kernel",
     "latent_rope_and_cache",
     "mamba2_decode",

@@ -1,4 +1,5 @@
-// Adds rows to their residual and normalises the sums. A threadgroup per row; a thread holds runs of four elements.
+// Adds rows, each the sum of ADDENDS, to their residual and normalises the sums. A threadgroup per row; a thread holds
+// runs of four elements.
 constexpr int RUNS = (HIDDEN + 4 * THREADS - 1) / (4 * THREADS);
 THREADGROUP_ARRAY(float, squares, THREADS / 32);
 const long row = long(threadgroup_position_in_grid.x) * HIDDEN;
@@ -9,7 +10,11 @@ UNROLL for (int r = 0; r < RUNS; ++r) {
   const int at = (r * THREADS + thread_index) * 4;
   if (at < HIDDEN) {
     float added[4];
-    load_f32<4>(rows_in + row + at, sums[r]);
+    load_f32<4>(rows_in + row * ADDENDS + at, sums[r]);
+    UNROLL for (int a = 1; a < ADDENDS; ++a) {
+      load_f32<4>(rows_in + row * ADDENDS + a * HIDDEN + at, added);
+      UNROLL for (int i = 0; i < 4; ++i) sums[r][i] += added[i];
+    }
     load_f32<4>(residual_in + row + at, added);
     UNROLL for (int i = 0; i < 4; ++i) {
       sums[r][i] = to_f32(from_f32<T>(sums[r][i] + added[i]));

@@ -23,27 +23,7 @@ const int pairs = experts_in_shape[0];
 const int own = int(threadgroup_position_in_grid.y);
 const int expert = experts_in[own];
 
-// The pairs of the expert, in order: each thread looks through neighbours.
-const int share = (pairs + THREADS - 1) / THREADS;
-const int begin = thread_index * share;
-int count = 0;
-for (int p = begin; p < min(begin + share, pairs); ++p) count += experts_in[p] == expert ? 1 : 0;
-counts[thread_index] = count;
-float sum = float(count);
-UNROLL for (int step = 16; step > 0; step /= 2) sum += simd_shuffle_xor(sum, step);
-if (lane == 0) totals[simdgroup_index] = int(sum);
-threadgroup_barrier(mem_flags::mem_threadgroup);
-int found = 0;
-for (int s = 0; s < SIMDGROUPS; ++s) found += totals[s];
-if (count > 0) {
-  int at = 0;
-  for (int s = 0; s < simdgroup_index; ++s) at += totals[s];
-  for (int i = simdgroup_index * 32; i < thread_index; ++i) at += counts[i];
-  for (int p = begin; p < min(begin + share, pairs); ++p) {
-    if (experts_in[p] == expert) chosen[at++] = p;
-  }
-}
-threadgroup_barrier(mem_flags::mem_threadgroup);
+const int found = find_pairs(experts_in, pairs, expert, thread_index, THREADS, chosen, counts, totals);
 
 if (chosen[0] == own) {
   for (int turn = 0; turn < TURNS; ++turn) {

@@ -4,26 +4,48 @@ import mlx.core as mx
 from jaxtyping import Float, Int32
 
 from metal_kernels.kernels.dispatch import ExpertVariant
+from metal_kernels.kernels.expert_matrix import padded_pairs
 from metal_kernels.kernels.source import PortableKernel, constants
 
 _INPUTS = ("rows_in", "weight_in", "up_in", "experts_in", "scores_in")
-_EXPERTS = PortableKernel("expert_linear", _INPUTS, ("out",), "expert_linear.metal", contiguous=True)
+_EXPERTS = PortableKernel(
+    "expert_linear", _INPUTS, ("out",), "expert_linear.metal", contiguous=True, headers=("words", "expert_pairs")
+)
 _CHOOSE = PortableKernel(
-    "choose_experts", ("logits_in",), ("experts_out", "scores_out"), "choose_experts.metal", contiguous=True
+    "choose_experts",
+    ("logits_in", "bias_in", "factors_in"),
+    ("experts_out", "scores_out"),
+    "choose_experts.metal",
+    contiguous=True,
 )
 
 
 def choose_experts(
-    logits: Float[mx.array, "tokens experts"], chosen: int, *, normalised: bool
+    logits: Float[mx.array, "tokens experts"],
+    chosen: int,
+    *,
+    normalised: bool,
+    sigmoid_bias: Float[mx.array, "experts"] | None = None,
+    groups: int = 1,
+    kept_groups: int = 1,
+    scale: float = 1.0,
 ) -> tuple[Int32[mx.array, "tokens chosen"], Float[mx.array, "tokens chosen"]]:
     """Choose experts; see :func:`metal_kernels.choose_experts`."""
     tokens, experts = logits.shape
     ids, scores = _CHOOSE(
-        [logits],
+        [logits, constants(0.0) if sigmoid_bias is None else sigmoid_bias.astype(mx.float32), constants(scale)],
         [((tokens, chosen), mx.int32), ((tokens, chosen), mx.float32)],
         threadgroups=(tokens, 1),
         threads=32,
-        template={"T": logits.dtype, "EXPERTS": experts, "CHOSEN": chosen, "NORMALISED": normalised},
+        template={
+            "T": logits.dtype,
+            "EXPERTS": experts,
+            "CHOSEN": chosen,
+            "NORMALISED": normalised,
+            "SIGMOID": sigmoid_bias is not None,
+            "GROUPS": groups,
+            "KEPT": kept_groups,
+        },
     )
     return ids, scores
 
@@ -37,7 +59,7 @@ def expert_silu_and_mul(
 ) -> Float[mx.array, "tokens chosen width"]:
     """Multiply and gate rows; see :func:`metal_kernels.expert_silu_and_mul`."""
     tokens, chosen = experts.shape
-    pairs = _padded(experts)
+    pairs = padded_pairs(experts)
     return _launch(rows, gate, up, pairs, constants(0.0), chosen, variant, rows.dtype, tokens * chosen).reshape(
         tokens, chosen, -1
     )
@@ -52,18 +74,12 @@ def expert_linear(
 ) -> Float[mx.array, "tokens chosen hidden"]:
     """Multiply rows; see :func:`metal_kernels.expert_linear`."""
     tokens, chosen, width = rows.shape
-    pairs, factors = _padded(experts), scores.astype(mx.float32).reshape(-1)
+    pairs, factors = padded_pairs(experts), scores.astype(mx.float32).reshape(-1)
     factors = mx.pad(factors, (0, pairs.size - factors.size)) if factors.size < pairs.size else factors
     flat = rows.reshape(-1, width)
     return _launch(flat, weight, None, pairs, factors, 1, variant, mx.float32, tokens * chosen).reshape(
         tokens, chosen, -1
     )
-
-
-def _padded(experts: mx.array) -> mx.array:
-    """Return the pairs, at least eight: MLX passes fewer as constant memory. No row is of the padding's expert."""
-    flat = experts.reshape(-1)
-    return mx.pad(flat, (0, 8 - flat.size), constant_values=-1) if flat.size < 8 else flat
 
 
 def _launch(

@@ -2,7 +2,8 @@
 // Rows of the weight are rows of matrices A, rows of the input are columns of matrices B. A threadgroup takes TILES * 16
 // rows of the weight; if GATED, the first half of them are gates of the others. Its SIMD-groups take turns on chunks of the inner
 // axis, of which each lane holds RUN neighbours, four lanes a row: in which order the axis is multiplied does not
-// matter, as long as both sides have the same.
+// matter, as long as both sides have the same. y is one of HEADS layers, each for a part of the rows, which may be wider
+// than what is multiplied.
 #if QUANTIZED
 constexpr int RUN = 128 / BITS;
 #define LOAD_RUN(to, n, k)                                                                   \
@@ -20,13 +21,13 @@ Raw<T, 8> w[DEPTH][TILES][2];
     UNROLL for (int r = 0; r < 2; ++r) {                                                                 \
       const int eight = j * 2 + r;                                                                       \
       const int row = GATED && eight >= TILES ? OUTPUT + (eight - TILES) * 8 : eight * 8;                \
-      LOAD_RUN(w[d][j][r], first + row + lane_row, (k) + lane_run);                                      \
+      LOAD_RUN(w[d][j][r], head * OUTPUT + first + row + lane_row, (k) + lane_run);                      \
     }                                                                                                    \
   }
 #define LOAD_ROWS(d, k)                                                                                  \
   if (NORM) factor[d] = load_raw<8>(extra_in + (k) + lane_run);                                          \
   UNROLL for (int m = 0; m < COLUMNS; ++m) {                                                             \
-    x[d][m] = load_raw<8>(rows_in + long(min(m * 8 + lane_row, rows - 1)) * INPUT + (k) + lane_run);     \
+    x[d][m] = load_raw<8>(rows_in + row_at[m] + (k) + lane_run);                                             \
   }
 constexpr int CHUNK = 4 * RUN;
 constexpr int TURN = SIMDGROUPS * CHUNK;
@@ -41,11 +42,16 @@ THREADGROUP_ARRAY(float, squares, SIMDGROUPS * COLUMNS * 8);
 
 const int rows = rows_in_shape[0];
 const int first = int(threadgroup_position_in_grid.x) * WIDTH;
+const int head = int(threadgroup_position_in_grid.y);
 const int simdgroup_index = int(simdgroup_index_in_threadgroup);
 const int lane = int(thread_index_in_simdgroup);
 const int lane_row = row_of(lane);
 const int lane_run = column_of(lane) / 2 * RUN;
 const int begin = simdgroup_index * CHUNK;
+long row_at[COLUMNS];
+UNROLL for (int m = 0; m < COLUMNS; ++m) {
+  row_at[m] = (long(min(m * 8 + lane_row, rows - 1)) * HEADS + head) * ROW;
+}
 // Weights are under way DEPTH turns ahead, rows one step.
 Raw<T, 8> x[2][COLUMNS];
 Raw<T, 8> factor[2];
@@ -139,7 +145,7 @@ for (int e = int(thread_position_in_threadgroup.x); e < COLUMNS * 8 * WIDTH; e +
       if (BIAS) total += to_f32(bias_in[part * OUTPUT + first + column]);
       value[part] = to_f32(from_f32<T>(total));
     }
-    const long at = long(row) * OUTPUT + first + column;
+    const long at = (long(row) * HEADS + head) * OUTPUT + first + column;
     if (GATED) value[0] = value[1] * value[0] / (1.0f + exp2_fast(-1.44269504f * value[0]));
     if (ADDED) value[0] += to_f32(extra_in[at]);
     out[at] = from_f32<T>(value[0]);

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from metal_kernels.kernels.dispatch import LinearVariant
 from metal_kernels.kernels.source import PortableKernel, constants
 from metal_kernels.linear_weights import LinearWeights
+from metal_kernels.stacked_weights import StackedWeights
 
 _BODY = "fused_linear.metal"
 _HEADERS = ("words", "bits", "matrix", "runs")
@@ -25,7 +26,7 @@ _QUANTIZED = PortableKernel(
 
 
 def fused_linear(
-    rows: Float[mx.array, "rows inputs"],
+    rows: Float[mx.array, "rows row_size"],
     weights: LinearWeights,
     variant: LinearVariant,
     *,
@@ -37,7 +38,7 @@ def fused_linear(
     """Apply a linear layer; see :func:`metal_kernels.fused_linear`.
 
     Args:
-        rows: At most as many as ``variant`` has columns for.
+        rows: At most as many as ``variant`` has columns for, of which the first elements are multiplied.
         weights: Of the layer.
         variant: From :func:`metal_kernels.kernels.linear_kernel`.
         norm: Weight of the norm before it.
@@ -47,20 +48,54 @@ def fused_linear(
     """
     nothing = constants(0.0)
     extra = norm if norm is not None else residual
-    width = weights.outputs // 2 if gated else weights.outputs
-    inputs = [
+    others = [
         nothing.astype(rows.dtype) if extra is None else extra,
         nothing if weights.bias is None else weights.bias,
         constants(eps),
     ]
     template: dict[str, int | mx.Dtype] = {
-        "T": rows.dtype,
-        "INPUT": weights.inputs,
-        "OUTPUT": width,
         "NORM": norm is not None,
         "ADDED": residual is not None,
         "GATED": gated,
         "BIAS": weights.bias is not None,
+    }
+    return _launch(rows, weights, (1, weights.outputs, weights.inputs), others, variant, template)
+
+
+def head_linear(
+    rows: Float[mx.array, "tokens heads row_size"], weights: StackedWeights, variant: LinearVariant
+) -> Float[mx.array, "tokens heads outputs"]:
+    """Apply a linear layer to each head; see :func:`metal_kernels.head_linear`.
+
+    Args:
+        rows: Of at most as many tokens as ``variant`` has columns for.
+        weights: Of each head.
+        variant: From :func:`metal_kernels.kernels.head_linear_kernel`.
+    """
+    heads, outputs, _ = weights.shape
+    nothing = constants(0.0)
+    others = [nothing.astype(rows.dtype), nothing, nothing]
+    template: dict[str, int | mx.Dtype] = dict.fromkeys(("NORM", "ADDED", "GATED", "BIAS"), False)
+    out = _launch(rows, weights, weights.shape, others, variant, template)
+    return out.reshape(rows.shape[0], heads, outputs)
+
+
+def _launch(
+    rows: mx.array,
+    weights: LinearWeights | StackedWeights,
+    shape: tuple[int, int, int],
+    others: list[mx.array],
+    variant: LinearVariant,
+    template: dict[str, int | mx.Dtype],
+) -> mx.array:
+    heads, outputs, inputs = shape
+    width = outputs // 2 if template["GATED"] else outputs
+    template |= {
+        "T": rows.dtype,
+        "HEADS": heads,
+        "ROW": rows.shape[-1],
+        "INPUT": inputs,
+        "OUTPUT": width,
         "TILES": variant.tiles,
         "COLUMNS": variant.columns,
         "SIMDGROUPS": variant.simdgroups,
@@ -71,9 +106,9 @@ def fused_linear(
         kernel, packed = _QUANTIZED, [weights.weight, weights.scales, weights.biases]
         template |= {"BITS": weights.bits, "GROUP_SIZE": weights.group_size}
     (out,) = kernel(
-        [rows, *packed, *inputs],
-        [((rows.shape[0], width), rows.dtype)],
-        threadgroups=(weights.outputs // (16 * variant.tiles), 1),
+        [rows, *packed, *others],
+        [((rows.shape[0], heads * width), rows.dtype)],
+        threadgroups=(outputs // (16 * variant.tiles), heads),
         threads=variant.simdgroups * 32,
         template=template,
     )

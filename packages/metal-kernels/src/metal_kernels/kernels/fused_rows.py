@@ -18,20 +18,25 @@ _SILU_AND_MUL = PortableKernel("silu_and_mul", ("gate_up_in",), ("out",), "silu_
 
 
 def add_rms_norm(
-    rows: Float[mx.array, "tokens hidden"],
+    rows: Float[mx.array, "tokens *addends hidden"],
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
 ) -> tuple[Float[mx.array, "tokens hidden"], Float[mx.array, "tokens hidden"]]:
     """Add and normalise rows; see :func:`metal_kernels.add_rms_norm`."""
-    tokens, hidden = rows.shape
+    tokens, hidden = residual.shape
     threads = _threads(hidden)
     normed, added = _ADD_RMS_NORM(
         [rows, residual, weight, constants(eps)],
-        [(rows.shape, rows.dtype)] * 2,
+        [(residual.shape, residual.dtype)] * 2,
         threadgroups=(tokens, 1),
         threads=threads,
-        template={"T": rows.dtype, "HIDDEN": hidden, "THREADS": threads},
+        template={
+            "T": residual.dtype,
+            "ADDENDS": rows.shape[1] if rows.ndim == 3 else 1,
+            "HIDDEN": hidden,
+            "THREADS": threads,
+        },
     )
     return normed, added
 

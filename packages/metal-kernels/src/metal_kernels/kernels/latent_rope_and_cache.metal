@@ -1,26 +1,31 @@
-// Rotates the rotary part of queries, lays the other part out by heads, and writes the normed latent and the rotated
-// key of each row into the cache in place. A SIMD-group per query head of a row, and one more for the latent.
-constexpr int QUERY = NOPE + ROPE;
+// Rotates the rotary part of queries, and writes the normed latent and the rotated key of each row into the cache in
+// place. A SIMD-group per query head of a row, and one more for the latent.
 constexpr int PAIRS = (ROPE / 2 + 31) / 32;
+constexpr int HELD = (LATENT + 31) / 32;
 const int row = int(threadgroup_position_in_grid.x);
 const int head = int(threadgroup_position_in_grid.y) * SIMDGROUPS + int(simdgroup_index_in_threadgroup);
 const int lane = int(thread_index_in_simdgroup);
-const int rows = query_in_shape[0];
 const int slot = slots_in[row];
 if (head < Q_HEADS || (head == Q_HEADS && slot >= 0)) {
   const bool is_query = head < Q_HEADS;
-  const DEV(T)* from = is_query ? query_in + row * query_in_strides[0] + head * QUERY : latent_in + row * latent_in_strides[0];
+  const DEV(T)* from = is_query ? query_in + row * query_in_strides[0] + head * (NOPE + ROPE) : latent_in + row * latent_in_strides[0];
   DEV(C)* page_row = const_cast<DEV(C)*>(kv_cache_in) + long(is_query ? 0 : slot) * (LATENT + ROPE);
-  if (is_query) {
-    DEV(T)* to = nope_out + (long(head) * rows + row) * NOPE;
-    for (int i = lane; i < NOPE; i += 32) to[i] = from[i];
-  } else {
+  if (!is_query) {
+    // All of it is loaded before the first store, which the compiler could not move loads across.
+    float x[HELD];
+    float weight[HELD];
     float square = 0.0f;
-    for (int i = lane; i < LATENT; i += 32) square += to_f32(from[i]) * to_f32(from[i]);
+    UNROLL for (int h = 0; h < HELD; ++h) {
+      const int at = h * 32 + lane;
+      x[h] = at < LATENT ? to_f32(from[at]) : 0.0f;
+      weight[h] = at < LATENT ? to_f32(norm_in[at]) : 0.0f;
+      square += x[h] * x[h];
+    }
     UNROLL for (int step = 16; step > 0; step /= 2) square += simd_shuffle_xor(square, step);
     const float factor = rsqrt_precise(square / LATENT + factors_in[0]);
-    for (int i = lane; i < LATENT; i += 32) {
-      page_row[i] = from_f32<C>(to_f32(from_f32<T>(to_f32(from[i]) * factor * to_f32(norm_in[i]))));
+    UNROLL for (int h = 0; h < HELD; ++h) {
+      const int at = h * 32 + lane;
+      if (at < LATENT) page_row[at] = from_f32<C>(to_f32(from_f32<T>(x[h] * factor * weight[h])));
     }
   }
   const int turned = is_query ? NOPE : LATENT;

@@ -1,4 +1,4 @@
-"""Projected rows on their way to latent attention: rotated, laid out, and written into the cache in place."""
+"""Projected rows on their way to latent attention: rotated, and written into the cache in place."""
 
 import mlx.core as mx
 from jaxtyping import Float, Int32
@@ -9,7 +9,7 @@ _SIMDGROUPS = 4
 _KERNEL = PortableKernel(
     "latent_rope_and_cache",
     ("query_in", "latent_in", "cos_sin_in", "norm_in", "factors_in", "slots_in", "kv_cache_in"),
-    ("nope_out", "rope_out"),
+    ("rope_out",),
     "latent_rope_and_cache.metal",
 )
 
@@ -26,16 +26,15 @@ def latent_rope_and_cache(
     eps: float,
     traditional: bool = False,
 ) -> tuple[
-    Float[mx.array, "q_heads tokens nope_size"],
     Float[mx.array, "tokens q_heads rope_size"],
     Float[mx.array, "blocks block_size row_size"],
 ]:
     """Rotate and write rows; see :func:`metal_kernels.latent_rope_and_cache`."""
     tokens, rope_size = cos_sin.shape
     nope_size = query.shape[1] // q_heads - rope_size
-    nope, rope = _KERNEL(
+    (rope,) = _KERNEL(
         [query, latent, mx.contiguous(cos_sin), norm, constants(eps), slot_mapping, kv_cache],
-        [((q_heads, tokens, nope_size), query.dtype), ((tokens, q_heads, rope_size), query.dtype)],
+        [((tokens, q_heads, rope_size), query.dtype)],
         threadgroups=(tokens, -(-(q_heads + 1) // _SIMDGROUPS)),
         threads=_SIMDGROUPS * 32,
         template={
@@ -49,4 +48,4 @@ def latent_rope_and_cache(
             "SIMDGROUPS": _SIMDGROUPS,
         },
     )
-    return nope, rope, kv_cache
+    return rope, kv_cache

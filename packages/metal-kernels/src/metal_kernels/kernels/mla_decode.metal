@@ -9,7 +9,17 @@ constexpr int THREADS = SIMDGROUPS * 32;
 constexpr int CHUNKS = (KEYS * (ROW / 8) + THREADS - 1) / THREADS;  // of eight elements, a thread
 constexpr int HEAD_BLOCKS = (Q_HEADS + 15) / 16;
 constexpr int TILE_ROWS = KEYS > 16 ? KEYS : 16;
+constexpr int QUERY_CHUNKS = (16 * (ROW / 8) + THREADS - 1) / THREADS;
 constexpr float LOWEST = -3.0e38f;
+#define LOAD_NEXT(from)                                                                                        \
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {                                                                    \
+    const int chunk = c * THREADS + thread_index;                                                              \
+    if (chunk < KEYS * (ROW / 8)) {                                                                            \
+      const int position = min((from) + chunk / (ROW / 8), end - 1);                                           \
+      const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE; \
+      next[c] = *(const DEV(uint4)*)(kv_cache_in + slot * ROW + chunk % (ROW / 8) * 8);                        \
+    }                                                                                                          \
+  }
 THREADGROUP_ARRAY(uint4, tile_words, TILE_ROWS * STRIDE / 8);
 THREADGROUP_ARRAY(float, part_scores, SIMDGROUPS * 16 * KEYS);
 TG(T)* tile = (TG(T)*)tile_words;
@@ -25,15 +35,18 @@ const int begin = work_in[work * 4 + 2];
 const int end = work_in[work * 4 + 3];
 if (begin >= end) return;  // a range that pads the plan: the whole threadgroup leaves
 
-for (int e = thread_index; e < 16 * ROW; e += THREADS) {
-  const int i = e % ROW;
-  const long head = first_head + e / ROW;
-  T x = from_f32<T>(0.0f);
-  if (head < Q_HEADS) {
-    if (i < LATENT) x = latent_in[row * latent_in_strides[0] + head * latent_in_strides[1] + i * latent_in_strides[2]];
-    else x = rope_in[row * rope_in_strides[0] + head * rope_in_strides[1] + (i - LATENT) * rope_in_strides[2]];
+uint4 next[CHUNKS];
+LOAD_NEXT(begin);
+UNROLL for (int q = 0; q < QUERY_CHUNKS; ++q) {
+  const int chunk = q * THREADS + thread_index;
+  const int head = first_head + chunk / (ROW / 8);
+  const int at = chunk % (ROW / 8) * 8;
+  if (chunk < 16 * (ROW / 8)) {
+    // Rows beyond the last head repeat it; their results are left out.
+    const long of_head = long(row) * Q_HEADS + min(head, Q_HEADS - 1);
+    const DEV(T)* from = at < LATENT ? latent_in + of_head * LATENT + at : rope_in + of_head * ROPE + at - LATENT;
+    *(TG(uint4)*)(tile + chunk / (ROW / 8) * STRIDE + at) = *(const DEV(uint4)*)from;
   }
-  tile[e / ROW * STRIDE + i] = x;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 MatrixA<T> query[STEPS];
@@ -46,21 +59,13 @@ UNROLL for (int c = 0; c < COLUMNS / 8; ++c) clear(o[c]);
 float max_score[2] = {LOWEST, LOWEST};
 float sum[2] = {0.0f, 0.0f};
 
-uint4 next[CHUNKS];
-for (int first = begin - KEYS; first < end; first += KEYS) {
+for (int first = begin; first < end; first += KEYS) {
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the tile has been used
   UNROLL for (int c = 0; c < CHUNKS; ++c) {
     const int chunk = c * THREADS + thread_index;
-    const int key = chunk / (ROW / 8);
-    if (key < KEYS) {
-      const int at = chunk % (ROW / 8) * 8;
-      if (first >= begin) *(TG(uint4)*)(tile + key * STRIDE + at) = next[c];
-      const int position = min(first + KEYS + key, end - 1);
-      const long slot = long(block_table_in[table + position / BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE;
-      next[c] = *(const DEV(uint4)*)(kv_cache_in + slot * ROW + at);
-    }
+    if (chunk < KEYS * (ROW / 8)) *(TG(uint4)*)(tile + chunk / (ROW / 8) * STRIDE + chunk % (ROW / 8) * 8) = next[c];
   }
-  if (first < begin) continue;
+  LOAD_NEXT(first + KEYS);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   MatrixC scores[KEYS / 8];
   UNROLL for (int t = 0; t < KEYS / 8; ++t) clear(scores[t]);
@@ -139,3 +144,4 @@ UNROLL for (int r = 0; r < 2; ++r) {
     }
   }
 }
+#undef LOAD_NEXT

@@ -28,26 +28,24 @@ def mla_decode(
     *,
     scale: float,
     order_token: mx.array | None = None,
-    heads_first: bool = False,
-) -> Float[mx.array, "decodes q_heads latent_size"] | Float[mx.array, "q_heads decodes latent_size"]:
+) -> Float[mx.array, "decodes q_heads latent_size"]:
     """Attend the rows of the plan's requests, in its order; see :func:`metal_kernels.mla_attention`.
 
     Args:
-        query_latent: Absorbed queries of the step, strided as they may be.
-        query_rope: Rotary parts of the queries, likewise.
+        query_latent: Absorbed queries of the step.
+        query_rope: Rotary parts of the queries.
         kv_cache: Pages of one layer, in the queries' dtype.
         plan: Which keys each row sees.
         variant: From :func:`metal_kernels.kernels.mla_decode_kernel`.
         scale: Factor on the scores.
         order_token: Of the last write.
-        heads_first: Whether heads are the first axis of the result.
     """
     q_heads, latent_size = query_latent.shape[1:]
     partial = (plan.num_ranges, q_heads)
     weighted, stats = _KERNEL(
         [
-            query_latent,
-            query_rope,
+            mx.contiguous(query_latent),
+            mx.contiguous(query_rope if query_rope.size else query_latent),
             kv_cache,
             plan.block_table,
             plan.work,
@@ -67,4 +65,4 @@ def mla_decode(
             "SIMDGROUPS": variant.simdgroups,
         },
     )
-    return join_ranges(weighted, stats, plan, None, query_latent.dtype, heads_first=heads_first)
+    return join_ranges(weighted, stats, plan, None, query_latent.dtype)

@@ -16,7 +16,7 @@ from metal_kernels.reference.latent import (
     latent_rope_and_cache,
     mla_attention,
 )
-from metal_kernels.reference.linear import fused_linear
+from metal_kernels.reference.linear import fused_linear, head_linear
 from metal_kernels.reference.quantized import (
     quantized_gather_kv_cache,
     quantized_paged_attention,
@@ -36,6 +36,7 @@ __all__ = [
     "gated_delta_decode",
     "mamba2_decode",
     "gather_kv_cache",
+    "head_linear",
     "latent_decode",
     "latent_rope_and_cache",
     "mla_attention",

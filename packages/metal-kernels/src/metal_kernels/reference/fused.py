@@ -7,13 +7,15 @@ from metal_kernels.reference.cache import reshape_and_cache
 
 
 def add_rms_norm(
-    rows: Float[mx.array, "tokens hidden"],
+    rows: Float[mx.array, "tokens *addends hidden"],
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
 ) -> tuple[Float[mx.array, "tokens hidden"], Float[mx.array, "tokens hidden"]]:
     """Add and normalise rows; see :func:`metal_kernels.add_rms_norm`."""
-    added = rows + residual
+    if rows.ndim == 3:
+        rows = rows.astype(mx.float32).sum(axis=1)
+    added = (rows + residual).astype(residual.dtype)
     return mx.fast.rms_norm(added, weight, eps), added
 
 

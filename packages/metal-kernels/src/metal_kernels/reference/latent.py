@@ -90,19 +90,18 @@ def latent_rope_and_cache(
     eps: float,
     traditional: bool = False,
 ) -> tuple[
-    Float[mx.array, "q_heads tokens nope_size"],
     Float[mx.array, "tokens q_heads rope_size"],
     Float[mx.array, "blocks block_size row_size"],
 ]:
     """Rotate and write rows; see :func:`metal_kernels.latent_rope_and_cache`."""
     tokens, rope_size = cos_sin.shape
     heads = query.reshape(tokens, q_heads, -1)
-    nope, rope = mx.split(heads, [heads.shape[2] - rope_size], axis=2)
+    rope = heads[..., heads.shape[2] - rope_size :]
     rows, key = mx.split(latent, [latent.shape[1] - rope_size], axis=1)
     rows = mx.fast.rms_norm(rows, norm, eps).astype(kv_cache.dtype)
     key = rotate(key[:, None], cos_sin, traditional)[:, 0].astype(kv_cache.dtype)
     written, _ = concat_and_cache_mla(rows, key, kv_cache, slot_mapping[:tokens])
-    return nope.swapaxes(0, 1), rotate(rope, cos_sin, traditional), written
+    return rotate(rope, cos_sin, traditional), written
 
 
 def latent_decode(
@@ -113,7 +112,7 @@ def latent_decode(
     *,
     scale: float,
     order_token: mx.array | None = None,
-) -> Float[mx.array, "q_heads tokens latent_size"]:
+) -> Float[mx.array, "tokens q_heads latent_size"]:
     """Attend planned rows; see :func:`metal_kernels.latent_decode`. Reads the plan back to the host."""
     del order_token
     block_size, row_size = kv_cache.shape[1:]
@@ -127,4 +126,4 @@ def latent_decode(
         keys = cached[mx.array(slots)].astype(mx.float32)
         weights = mx.softmax(query[row] @ keys.T * scale, axis=-1)
         outputs.append(weights @ keys[:, : query_latent.shape[2]])
-    return mx.stack(outputs, axis=1).astype(query_latent.dtype)
+    return mx.stack(outputs).astype(query_latent.dtype)

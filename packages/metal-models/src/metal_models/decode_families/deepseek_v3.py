@@ -5,9 +5,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from metal_kernels import choose_experts
 from metal_models.decode_program import Rotation, find_rotations
 from metal_models.expert_feed_forward import ExpertFeedForward
 from metal_models.feed_forward import FeedForward, GatedFeedForward, ModuleFeedForward, feed_forward_possible
+from metal_models.head_linear import HeadLinear
 from metal_models.joined_linear import JoinedLinear
 from metal_models.latent_mixer import LatentMixer
 from metal_models.mixed_program import MixedLayer, MixedProgram
@@ -31,7 +33,9 @@ def _possible(layer: Any) -> bool:
     if not feed_forward_possible(layer.mlp):
         return False
     names = ["q_proj"] if attention.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-    return all(JoinedLinear.joinable([getattr(attention, name)]) for name in (*names, "kv_a_proj_with_mqa", "o_proj"))
+    linear = [getattr(attention, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
+    heads = [attention.embed_q, attention.unembed_out]
+    return all(JoinedLinear.joinable([layer]) for layer in linear) and all(map(HeadLinear.possible, heads))
 
 
 def _feed_forward(module: Any) -> FeedForward:
@@ -41,45 +45,63 @@ def _feed_forward(module: Any) -> FeedForward:
     if not ExpertFeedForward.possible(module) or not feed_forward_possible(shared):
         return ModuleFeedForward(module)
 
-    def choose(rows: mx.array) -> tuple[mx.array, mx.array]:
-        experts, scores = module.gate(rows)
-        return experts.astype(mx.int32), scores
-
+    chosen = module.gate.top_k
     if shared is None:
-        return ExpertFeedForward(module, choose, None)
+        return ExpertFeedForward(module, _router(module.gate), chosen, None)
     dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
-    return ExpertFeedForward(module, choose, lambda rows: dense.output(dense(rows)))
+    return ExpertFeedForward(
+        module, _router(module.gate), chosen, lambda rows: rows.with_added(dense(rows), dense.output)
+    )
 
 
-class _LowRankQuery:
-    """Queries by way of a narrower row."""
+def _router(gate: Any) -> Callable[[NormedRows], tuple[mx.array, mx.array]]:
+    """Return what chooses experts as ``group_expert_select`` of mlx-lm does."""
+    logits, bias = JoinedLinear([gate]), gate.e_score_correction_bias.astype(mx.float32)
+    mx.eval(bias)
 
-    def __init__(self, attention: Any) -> None:
-        self._down, self._up = JoinedLinear([attention.q_a_proj]), JoinedLinear([attention.q_b_proj])
-        self._norm = attention.q_a_layernorm
+    def choose(rows: NormedRows) -> tuple[mx.array, mx.array]:
+        return choose_experts(
+            rows.through(logits),
+            gate.top_k,
+            normalised=gate.norm_topk_prob and gate.top_k > 1,
+            sigmoid_bias=bias,
+            groups=gate.n_group,
+            kept_groups=gate.topk_group,
+            scale=gate.routed_scaling_factor,
+        )
 
-    def __call__(self, rows: NormedRows) -> mx.array:
-        return NormedRows(rows.through(self._down), self._norm).through(self._up)
+    return choose
 
 
 def _latent(attention: Any, rotation: Rotation) -> LatentMixer:
-    query: Callable[[NormedRows], mx.array]
-    if attention.q_lora_rank is not None:
-        query = _LowRankQuery(attention)
-    else:
-        projection = JoinedLinear([attention.q_proj])
-
-        def query(rows: NormedRows) -> mx.array:
-            return rows.through(projection)
-
     return LatentMixer(
         rotation=rotation,
         scale=attention.scale,
         q_heads=attention.num_heads,
-        query=query,
-        latent=JoinedLinear([attention.kv_a_proj_with_mqa]),
+        project=_projections(attention),
         latent_norm=attention.kv_a_layernorm,
-        absorb=attention.embed_q,
-        expand=attention.unembed_out,
+        absorb=HeadLinear(attention.embed_q),
+        expand=HeadLinear(attention.unembed_out),
         output=JoinedLinear([attention.o_proj]),
     )
+
+
+def _projections(attention: Any) -> Callable[[NormedRows], tuple[mx.array, mx.array]]:
+    """Return what makes queries, by way of a narrower row or not, and latents."""
+    latent = attention.kv_a_proj_with_mqa
+    if attention.q_lora_rank is None:
+        query, latents = JoinedLinear([attention.q_proj]), JoinedLinear([latent])
+        return lambda rows: (rows.through(query), rows.through(latents))
+    norm, up, rank = attention.q_a_layernorm, JoinedLinear([attention.q_b_proj]), attention.q_lora_rank
+    if not JoinedLinear.joinable([attention.q_a_proj, latent]):
+        down, latents = JoinedLinear([attention.q_a_proj]), JoinedLinear([latent])
+        return lambda rows: (NormedRows(rows.through(down), norm).through(up), rows.through(latents))
+    both = JoinedLinear([attention.q_a_proj, latent])
+
+    def project(rows: NormedRows) -> tuple[mx.array, mx.array]:
+        joined = rows.through(both)
+        # The kernel reads the first elements of wider rows.
+        narrow = joined if up.fuses(joined.dtype, joined.shape[0], normed=True) else joined[:, :rank]
+        return NormedRows(narrow, norm).through(up), joined[:, rank:]
+
+    return project

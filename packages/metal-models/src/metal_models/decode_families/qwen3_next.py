@@ -53,14 +53,14 @@ def _feed_forward(module: Any) -> FeedForward:
         return ModuleFeedForward(module)
     dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
 
-    def choose(rows: mx.array) -> tuple[mx.array, mx.array]:
-        return choose_experts(module.gate(rows), module.top_k, normalised=module.norm_topk_prob)
+    def choose(rows: NormedRows) -> tuple[mx.array, mx.array]:
+        return choose_experts(module.gate(rows.normed), module.top_k, normalised=module.norm_topk_prob)
 
-    def gated(rows: NormedRows) -> mx.array:
+    def gated(rows: NormedRows) -> NormedRows:
         weight: mx.array = mx.sigmoid(module.shared_expert_gate(rows.normed))
-        return weight * dense.output(dense(rows))
+        return rows.with_added(weight * dense.output(dense(rows)), None)
 
-    return ExpertFeedForward(module, choose, gated)
+    return ExpertFeedForward(module, choose, module.top_k, gated)
 
 
 def _attention(module: Any, rotation: Rotation) -> AttentionMixer:

@@ -8,9 +8,15 @@ from metal_kernels.kernels.dispatch.decode import (
     rope_decode_kernel,
     write_decode_kernel,
 )
+from metal_kernels.kernels.dispatch.expert_matrix import ExpertMatrixVariant, expert_matrix_kernel
 from metal_kernels.kernels.dispatch.experts import ExpertVariant, expert_kernel, routing_kernel
 from metal_kernels.kernels.dispatch.latent import LatentVariant, mla_decode_kernel
-from metal_kernels.kernels.dispatch.linear import LinearVariant, linear_kernel, linear_variant
+from metal_kernels.kernels.dispatch.linear import (
+    LinearVariant,
+    head_linear_kernel,
+    linear_kernel,
+    linear_variant,
+)
 from metal_kernels.kernels.dispatch.prefill import (
     GatheredPrefill,
     PrefillVariant,
@@ -37,6 +43,7 @@ __all__ = [
     "Accepted",
     "BLOCK_SIZES",
     "DecodeVariant",
+    "ExpertMatrixVariant",
     "ExpertVariant",
     "FLOAT_DTYPES",
     "GatedDeltaVariant",
@@ -55,9 +62,11 @@ __all__ = [
     "decode_variant",
     "expert_kernel",
     "MemoryVariant",
+    "expert_matrix_kernel",
     "gated_delta_kernel",
     "mamba2_kernel",
     "gathered_prefill",
+    "head_linear_kernel",
     "linear_kernel",
     "linear_variant",
     "mla_decode_kernel",

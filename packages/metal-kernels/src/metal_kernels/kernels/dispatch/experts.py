@@ -53,6 +53,6 @@ def expert_kernel(
         return Rejected(f"weights of {output} rows of {size} elements; the kernel takes multiples of 4 and of 8")
     if not 0 < tokens <= _MAX_EXPERT_ROWS:
         return Rejected(f"{tokens} rows; for more than {_MAX_EXPERT_ROWS} matrix units are faster")
-    if tokens > _FEW_EXPERT_ROWS and output * size > _LARGE_EXPERT:
-        return Rejected(f"{tokens} rows of experts of {output} x {size}; MLX's grouped matmul is faster")
+    if target == "metal" and tokens > _FEW_EXPERT_ROWS and output * size > _LARGE_EXPERT:
+        return Rejected(f"{tokens} rows of experts of {output} x {size}; MLX's grouped matmul has matrix units")
     return Accepted(ExpertVariant(rows=2, simdgroups=4, turns=1 if tokens <= _FEW_EXPERT_ROWS else 4))
