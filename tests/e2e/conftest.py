@@ -6,7 +6,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from live_server import Server, serving
+from live_server import Server, nameless_host, serving
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +21,9 @@ TOOL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 @pytest.fixture(scope="session")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that only send requests."""
+    """One server for all tests that only send requests; the name of its host does not resolve, where that can be."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(smollm2, log, *SERVER_FLAGS, *TOOL_FLAGS) as running:
+    with serving(smollm2, log, *SERVER_FLAGS, *TOOL_FLAGS, prefix=nameless_host()) as running:
         yield running
 
 
