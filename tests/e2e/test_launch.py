@@ -1,48 +1,25 @@
-"""How a launch begins and ends: no variables needed, one clear message on failure, nothing left behind."""
+"""How a launch begins and ends: no variables needed, one clear message on failure."""
 
 import json
-import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
-from live_server import VLLM, environment, processes_of_group, serving
+from live_server import VLLM, environment, nameless_host
 
 SMALL = ("--max-model-len", "256", "--max-num-seqs", "2")
 
 
-def test_sigterm_ends_every_process(smollm2: Path, tmp_path: Path) -> None:
-    with serving(smollm2, tmp_path / "log", *SMALL) as server:
-        assert len(processes_of_group(server.process.pid)) > 1
-        stream = server.client().completions.create(model=str(smollm2), prompt="Once", max_tokens=200, stream=True)
-        next(iter(stream))
-        start = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(15)
-        while processes_of_group(server.process.pid) and time.monotonic() - start < 15:
-            time.sleep(0.1)
-        assert time.monotonic() - start < 10
-        assert processes_of_group(server.process.pid) == []
-
-
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux's unshare")
-def test_plain_serve_where_the_hostname_does_not_resolve(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not nameless_host(), reason="this machine does not let a test rename its host")
+def test_plain_serve_where_the_hostname_does_not_resolve(client: openai.OpenAI) -> None:
     """Seed users had to export VLLM_HOST_IP and a timeout; nothing of the kind may be needed."""
-    inside = ("unshare", "--uts", *(() if os.geteuid() == 0 else ("--user", "--map-root-user")))
-    rename = ("sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh")
-    probe = subprocess.run([*inside, *rename, "true"], capture_output=True)
-    if probe.returncode:
-        pytest.skip(f"this machine does not let a test rename its host: {probe.stderr.decode().strip()}")
-    lookup = "import socket; socket.gethostbyname(socket.gethostname())"
-    assert subprocess.run([*inside, *rename, sys.executable, "-c", lookup], capture_output=True).returncode != 0
-    with serving(smollm2, tmp_path / "log", *SMALL, prefix=(*inside, *rename)) as server:
-        answer = server.client().completions.create(model=str(smollm2), prompt="Hello", max_tokens=3)
-        assert answer.usage.completion_tokens == 3
+    answer = client.completions.create(model="smollm2", prompt="Hello", max_tokens=3)
+    assert answer.usage.completion_tokens == 3
 
 
 def write_tiny_model(folder: Path, **changes: object) -> Path:
@@ -93,16 +70,70 @@ def unknown_architecture(folder: Path, smollm2: Path) -> tuple[Path, str]:
     return model, "odd"
 
 
-@pytest.mark.parametrize(
-    "make", [missing, without_weights, truncated_gguf, truncated_safetensors, unknown_architecture]
-)
-def test_model_that_cannot_be_served_ends_with_one_message(make, smollm2: Path, tmp_path: Path) -> None:
-    model, named = make(tmp_path, smollm2)
-    result = subprocess.run(
-        [*VLLM, "serve", str(model), *SMALL], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode not in (0, -signal.SIGKILL)
+# Imports vLLM's command line once, and runs each launch in a process that goes on from there.
+LAUNCHES = """
+import json, os, sys
+from contextlib import suppress
+from vllm.entrypoints.cli.main import main
+
+sys.argv = ["vllm", "--version"]
+with suppress(SystemExit):
+    main()
+for line in sys.stdin:
+    arguments, output = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        log = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = ["vllm", *arguments]
+        try:
+            main()
+        except SystemExit as stop:
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            os._exit(1)
+        os._exit(0)
+    print("ended:", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+def assert_one_message(code: int, output: str, named: str) -> None:
+    assert code not in (0, -signal.SIGKILL)
     assert "Traceback" not in output, output[-3000:]
     errors = [line for line in output.splitlines() if named.lower() in line.lower() and "rror" in line]
     assert len(errors) == 1, output[-3000:]
+
+
+def test_model_that_is_not_there_ends_with_one_message(smollm2: Path, tmp_path: Path) -> None:
+    model, named = missing(tmp_path, smollm2)
+    command = [*VLLM, "serve", str(model), *SMALL]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert_one_message(result.returncode, result.stdout + result.stderr, named)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs ``vllm`` with some arguments; returns its exit code and what it printed."""
+    folder: Path = tmp_path_factory.mktemp("launches")
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(*arguments: str) -> tuple[int, str]:
+            output = folder / str(len(list(folder.iterdir())))
+            print(json.dumps([arguments, str(output)]), file=process.stdin, flush=True)
+            ended = next(line for line in process.stdout if line.startswith("ended:"))
+            return int(ended.split()[1]), output.read_text()
+
+        yield run
+
+
+@pytest.mark.parametrize("make", [without_weights, truncated_gguf, truncated_safetensors, unknown_architecture])
+def test_model_that_cannot_be_served_ends_with_one_message(make, launch, smollm2: Path, tmp_path: Path) -> None:
+    model, named = make(tmp_path, smollm2)
+    assert_one_message(*launch("serve", str(model), *SMALL), named)
