@@ -55,8 +55,8 @@ def write_and_attend(
         decode = kernels.write_decode_kernel(*kind)
         if isinstance(decode, kernels.Accepted):
             options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks}
-            rows = (query, key, value)
-            return kernels.write_decode(*rows, kv_cache, slot_mapping, plan, decode.variant, **options), kv_cache
+            variant = decode.variant
+            return kernels.write_decode(query, key, value, kv_cache, slot_mapping, plan, variant, **options), kv_cache
     written, order_token = reshape_and_cache(key, value, kv_cache, slot_mapping[: plan.num_reqs])
     out = decode_attention(query, written, plan, scale=scale, soft_cap=soft_cap, sinks=sinks, order_token=order_token)
     return out, written

@@ -93,6 +93,8 @@ class BoundAttention(PlannedMixer):
         return attended.reshape(tokens, -1)
 
 
-def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:
+def _variant(
+    pages: mx.array, q_heads: int
+) -> kernels.Accepted[kernels.DecodeVariant | kernels.MatrixVariant] | kernels.Rejected:
     _, _, block_size, kv_heads, head_size = pages.shape
     return kernels.decode_kernel(target(), pages.dtype, pages.dtype, head_size, block_size, q_heads // kv_heads)

@@ -129,7 +129,9 @@ def _served(cache: LayerCache, q_heads: int) -> bool:
     return kernels.move_pages(pages) and isinstance(_variant(pages, q_heads), kernels.Accepted)
 
 
-def _variant(pages: mx.array, q_heads: int) -> kernels.Accepted[kernels.DecodeVariant] | kernels.Rejected:
+def _variant(
+    pages: mx.array, q_heads: int
+) -> kernels.Accepted[kernels.DecodeVariant | kernels.MatrixVariant] | kernels.Rejected:
     _, _, block_size, kv_heads, head_size = pages.shape
     return kernels.decode_kernel(target(), pages.dtype, pages.dtype, head_size, block_size, q_heads // kv_heads)
 

@@ -51,7 +51,7 @@ def paged_decode(
         sinks: Extra logit per query head.
         order_token: Of the last write.
     """
-    template = {"SOFT_CAP": soft_cap is not None}
+    template: dict[str, int | mx.Dtype] = {"SOFT_CAP": soft_cap is not None}
     after = [score_factors(scale, soft_cap), order_input(order_token)]
     q_heads = query.shape[1]
     return _attend("paged_decode", [query], after, kv_cache, plan, variant, q_heads, query.dtype, template, sinks)
@@ -85,7 +85,7 @@ def write_decode(
         sinks: Extra logit per query head.
     """
     before = [query, key.astype(kv_cache.dtype), value.astype(kv_cache.dtype), slot_mapping]
-    template = {"SOFT_CAP": soft_cap is not None}
+    template: dict[str, int | mx.Dtype] = {"SOFT_CAP": soft_cap is not None}
     after = [score_factors(scale, soft_cap)]
     q_heads = query.shape[1]
     return _attend("write_decode", before, after, kv_cache, plan, variant, q_heads, query.dtype, template, sinks)
@@ -119,7 +119,11 @@ def rope_decode(
         eps: Of both.
     """
     norms = [constants(1.0) if norm is None else norm for norm in (q_norm, k_norm)]
-    template = {"SOFT_CAP": False, "T": qkv.dtype, "NORM": q_norm is not None and k_norm is not None}
+    template: dict[str, int | mx.Dtype] = {
+        "SOFT_CAP": False,
+        "T": qkv.dtype,
+        "NORM": q_norm is not None and k_norm is not None,
+    }
     q_heads = qkv.shape[1] // kv_cache.shape[4] - 2 * kv_cache.shape[3]
     before = [qkv, cos_sin, *norms, slot_mapping]
     after = [score_factors(scale, None, eps)]

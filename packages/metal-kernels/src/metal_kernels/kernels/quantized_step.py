@@ -19,7 +19,7 @@ def quantized_paged_attention(
     kv_cache: UInt32[mx.array, "blocks block_size row_words"],
     batch: RaggedBatch,
     row_format: RowFormat,
-    decode: Accepted[QuantizedVariant] | Accepted[MatrixVariant] | Rejected,
+    decode: Accepted[QuantizedVariant | MatrixVariant] | Rejected,
     *,
     scale: float,
     sliding_window: int | None = None,

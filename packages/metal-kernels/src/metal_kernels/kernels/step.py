@@ -16,7 +16,7 @@ def paged_attention(
     query: Float[mx.array, "tokens q_heads head_size"],
     kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
     batch: RaggedBatch,
-    decode: Accepted[DecodeVariant] | Accepted[MatrixVariant] | Rejected,
+    decode: Accepted[DecodeVariant | MatrixVariant] | Rejected,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -44,7 +44,7 @@ def paged_attention(
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "order_token": order_token}
 
     def others(split: SplitStep, batch: RaggedBatch) -> mx.array:
-        own = {}
+        own: dict[str, Any] = {}
         if key is not None and value is not None:
             own = {"key": split.of_others(key), "value": split.of_others(value)}
         return prefill(split.of_others(query), kv_cache, batch, sliding_window=sliding_window, **options, **own)

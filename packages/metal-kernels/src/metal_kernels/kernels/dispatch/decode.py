@@ -78,7 +78,7 @@ def decode_kernel(
     head_size: int,
     block_size: int,
     group: int,
-) -> Accepted[DecodeVariant] | Accepted[MatrixVariant] | Rejected:
+) -> Accepted[DecodeVariant | MatrixVariant] | Rejected:
     """Decide on paged decode for ``group`` query heads per key head."""
     if target == "cpu":
         return Rejected("the default device is a CPU")
@@ -104,7 +104,7 @@ def write_decode_kernel(
     head_size: int,
     block_size: int,
     group: int,
-) -> Accepted[DecodeVariant] | Accepted[MatrixVariant] | Rejected:
+) -> Accepted[DecodeVariant | MatrixVariant] | Rejected:
     """Decide on paged decode that writes its rows' keys and values itself."""
     decode = decode_kernel(target, query_dtype, cache_dtype, head_size, block_size, group)
     if isinstance(decode, Accepted) and decode.variant.parts > 1:
@@ -121,7 +121,7 @@ def rope_decode_kernel(
     group: int,
     rotary: int,
     traditional: bool,
-) -> Accepted[DecodeVariant] | Accepted[MatrixVariant] | Rejected:
+) -> Accepted[DecodeVariant | MatrixVariant] | Rejected:
     """Decide on paged decode that rotates and writes its rows itself; ``rotary`` elements of a head rotate."""
     if rotary != head_size or traditional:
         return Rejected(f"{rotary} of {head_size} elements rotate; the kernel rotates the halves of whole heads")

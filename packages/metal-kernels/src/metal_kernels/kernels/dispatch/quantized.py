@@ -63,7 +63,7 @@ def quantized_write_kernel(target: Target, row_format: RowFormat, size: int) -> 
 @cache
 def quantized_decode_kernel(
     target: Target, query_dtype: mx.Dtype, row_format: RowFormat, group: int
-) -> Accepted[QuantizedVariant] | Accepted[MatrixVariant] | Rejected:
+) -> Accepted[QuantizedVariant | MatrixVariant] | Rejected:
     """Decide on decode over quantised rows for ``group`` query heads per key head."""
     if target == "cpu":
         return Rejected("the default device is a CPU")
