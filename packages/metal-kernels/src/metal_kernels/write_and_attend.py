@@ -33,7 +33,7 @@ def write_and_attend(
         value: Their values.
         kv_cache: Pages of one layer.
         slot_mapping: Slot of each row: that of the last key which the plan names for the row, or -1. What follows the
-            rows' slots is ignored: MLX keeps arrays of less than eight elements where devices read them slowly.
+            rows' slots is ignored; at least eight elements, which a device reads faster than fewer.
         plan: See :func:`metal_kernels.decode_attention`, as for all that is not said here.
         scale: Factor on the scores.
         soft_cap: Scores ``s`` become ``soft_cap * tanh(s / soft_cap)``.
