@@ -41,7 +41,7 @@ _NAMES = {
 _NEED_PROCESSORS = frozenset({"KimiK25ForConditionalGeneration", "KimiK3ForConditionalGeneration"})
 """Architectures that vLLM refuses where the image processor's files are missing, though text needs none."""
 _PROCESSOR_FILE = "preprocessor_config.json"
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 class PlainConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -121,10 +121,12 @@ def plain_config(raw: dict[str, Any]) -> PlainConfig:
 
     sizes = {name: find(name, *others) for name, others in _NAMES.items()}
     sizes["num_attention_heads"] = sizes["num_attention_heads"] or 1
-    known = sizes | {name: find(name) for name in _KEPT}
-    return PlainConfig(
-        architectures=[_MODEL + _suffix(raw)], **{name: value for name, value in known.items() if value is not None}
-    )
+    config = PlainConfig(architectures=[_MODEL + _suffix(raw)], dtype=find("dtype", "torch_dtype"))
+    # These are no arguments of transformers' class.
+    for name, value in (sizes | {name: find(name) for name in _KEPT}).items():
+        if value is not None:
+            setattr(config, name, value)
+    return config
 
 
 def _suffix(raw: dict[str, Any]) -> str:
