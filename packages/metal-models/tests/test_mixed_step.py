@@ -15,8 +15,8 @@ from metal_models.mixed_step import MixedStep
 
 BLOCK_SIZE = 4
 FAMILIES = [
-    "qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe", "deepseek_v3", "glm4_moe_lite", "mamba2",
-    "granitemoehybrid", "nemotron_h", "falcon_h1",
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite",
+    "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1",
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def step_of(model, pool):
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [*((name, None) for name in FAMILIES), ("qwen3_next", 4), ("lfm2", 4), ("deepseek_v3", 4)],
+    [*((name, None) for name in FAMILIES), ("qwen3_next", 4), ("lfm2", 4), ("deepseek_v2", 4), ("deepseek_v3", 4)],
     ids=str,
 )
 def test_gives_the_tokens_of_the_plain_path(tiny, name, bits):

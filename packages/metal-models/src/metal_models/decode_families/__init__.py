@@ -6,6 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from metal_models.decode_families import (
+    deepseek_v2,
     deepseek_v3,
     falcon_h1,
     granitemoehybrid,
@@ -19,6 +20,7 @@ from metal_models.mixed_program import MixedProgram
 
 # Model file of mlx-lm that the backbone is of -> what makes its layers, or says by None that a module is not as usual.
 _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
+    "deepseek_v2": deepseek_v2.program,
     "deepseek_v3": deepseek_v3.program,
     "falcon_h1": falcon_h1.program,
     "glm4_moe_lite": deepseek_v3.program,
@@ -33,7 +35,7 @@ _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
 
 # Families whose program needs a kernel that users can switch off.
 _GATED_DELTA = {"qwen3_5", "qwen3_next"}
-_LATENT = {"deepseek_v3", "glm4_moe_lite"}
+_LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 
 
 def mixed_program(model: nn.Module, *, gdn_kernel: bool = True, mla_kernel: bool = True) -> MixedProgram | None:

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and those built like it: latent attention, dense or with experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,21 +21,52 @@ def program(backbone: Any) -> MixedProgram | None:
     rotations = find_rotations([layer.self_attn.rope for layer in backbone.layers])
     if rotations is None or not all(map(_possible, backbone.layers)):
         return None
+    heads = [
+        (HeadLinear(layer.self_attn.embed_q), HeadLinear(layer.self_attn.unembed_out)) for layer in backbone.layers
+    ]
+    return latent_program(backbone, rotations, heads)
+
+
+def latent_program(
+    backbone: Any, rotations: Sequence[Rotation], heads: Sequence[tuple[HeadLinear, HeadLinear]]
+) -> MixedProgram:
+    """Return the program of a backbone with latent attention.
+
+    Args:
+        backbone: Its modules have DeepSeek-V3's names; :func:`layer_possible` holds for its layers.
+        rotations: Of each layer.
+        heads: For each layer, what makes queries that meet latents, and values of weighted latents.
+    """
     layers = []
-    for layer, rotation in zip(backbone.layers, rotations, strict=True):
-        mixer, norms = _latent(layer.self_attn, rotation), (layer.input_layernorm, layer.post_attention_layernorm)
+    for layer, rotation, (absorb, expand) in zip(backbone.layers, rotations, heads, strict=True):
+        attention = layer.self_attn
+        mixer = LatentMixer(
+            rotation=rotation,
+            scale=attention.scale,
+            q_heads=attention.num_heads,
+            project=_projections(attention),
+            latent_norm=attention.kv_a_layernorm,
+            absorb=absorb,
+            expand=expand,
+            output=JoinedLinear([attention.o_proj]),
+        )
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
         layers.append(MixedLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
     return MixedProgram(backbone.embed_tokens, layers, backbone.norm)
 
 
-def _possible(layer: Any) -> bool:
+def layer_possible(layer: Any) -> bool:
+    """Whether the linear layers around attention, and those of a dense feed-forward part, are as usual."""
     attention = layer.self_attn
     if not feed_forward_possible(layer.mlp):
         return False
     names = ["q_proj"] if attention.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
-    linear = [getattr(attention, name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    heads = [attention.embed_q, attention.unembed_out]
-    return all(JoinedLinear.joinable([layer]) for layer in linear) and all(map(HeadLinear.possible, heads))
+    return all(JoinedLinear.joinable([getattr(attention, name)]) for name in (*names, "kv_a_proj_with_mqa", "o_proj"))
+
+
+def _possible(layer: Any) -> bool:
+    heads = (layer.self_attn.embed_q, layer.self_attn.unembed_out)
+    return layer_possible(layer) and all(map(HeadLinear.possible, heads))
 
 
 def _feed_forward(module: Any) -> FeedForward:
@@ -55,35 +86,27 @@ def _feed_forward(module: Any) -> FeedForward:
 
 
 def _router(gate: Any) -> Callable[[NormedRows], tuple[mx.array, mx.array]]:
-    """Return what chooses experts as ``group_expert_select`` of mlx-lm does."""
-    logits, bias = JoinedLinear([gate]), gate.e_score_correction_bias.astype(mx.float32)
-    mx.eval(bias)
+    """Return what chooses experts as mlx-lm's ``MoEGate`` does, DeepSeek-V3's with a bias or DeepSeek-V2's without."""
+    logits, bias = JoinedLinear([gate]), getattr(gate, "e_score_correction_bias", None)
+    normalised = bias is not None and gate.norm_topk_prob and gate.top_k > 1
+    grouped = bias is not None or gate.topk_method == "group_limited_greedy"
+    groups, kept = (gate.n_group, gate.topk_group) if grouped else (1, 1)
+    if bias is not None:
+        bias = bias.astype(mx.float32)
+        mx.eval(bias)
 
     def choose(rows: NormedRows) -> tuple[mx.array, mx.array]:
         return choose_experts(
             rows.through(logits),
             gate.top_k,
-            normalised=gate.norm_topk_prob and gate.top_k > 1,
+            normalised=normalised,
             sigmoid_bias=bias,
-            groups=gate.n_group,
-            kept_groups=gate.topk_group,
+            groups=groups,
+            kept_groups=kept,
             scale=gate.routed_scaling_factor,
         )
 
     return choose
-
-
-def _latent(attention: Any, rotation: Rotation) -> LatentMixer:
-    return LatentMixer(
-        rotation=rotation,
-        scale=attention.scale,
-        q_heads=attention.num_heads,
-        project=_projections(attention),
-        latent_norm=attention.kv_a_layernorm,
-        absorb=HeadLinear(attention.embed_q),
-        expand=HeadLinear(attention.unembed_out),
-        output=JoinedLinear([attention.o_proj]),
-    )
 
 
 def _projections(attention: Any) -> Callable[[NormedRows], tuple[mx.array, mx.array]]:

@@ -1,0 +1,47 @@
+"""DeepSeek-V2: latent attention whose projection of latents serves keys and values together, and no bias of experts."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.mla import MultiLinear
+
+from metal_models.decode_families.deepseek_v3 import latent_program, layer_possible
+from metal_models.decode_program import Rotation
+from metal_models.head_linear import HeadLinear
+from metal_models.mixed_program import MixedProgram
+
+
+def program(backbone: Any) -> MixedProgram | None:
+    """Return the program of a backbone of this family; None if a module is not as usual.
+
+    Keys' and values' parts of ``kv_b_proj`` are copied for each head, numbers where they are codes.
+    """
+    if not all(layer_possible(layer) and _known(layer.self_attn.kv_b_proj) for layer in backbone.layers):
+        return None
+    first = backbone.layers[0].self_attn
+    rotation = Rotation(first.rope, first.qk_rope_head_dim, True)  # all layers' are made from the same config
+    heads = [_heads(layer.self_attn) for layer in backbone.layers]
+    return latent_program(backbone, [rotation] * len(heads), heads)
+
+
+def _known(layer: Any) -> bool:
+    return type(layer) is nn.Linear or (type(layer) is nn.QuantizedLinear and layer.mode == "affine")
+
+
+def _heads(attention: Any) -> tuple[HeadLinear, HeadLinear]:
+    layer = attention.kv_b_proj
+    weight = layer.weight
+    if isinstance(layer, nn.QuantizedLinear):
+        weight = mx.dequantize(weight, layer.scales, layer.biases, group_size=layer.group_size, bits=layer.bits)
+    by_head = weight.reshape(attention.num_heads, -1, attention.kv_lora_rank)
+    keys, values = mx.split(by_head, [attention.qk_nope_head_dim], axis=1)
+    return _stacked(keys.swapaxes(1, 2)), _stacked(values)
+
+
+def _stacked(weight: mx.array) -> HeadLinear:
+    heads, outputs, inputs = weight.shape
+    module = MultiLinear(inputs, outputs, heads)
+    module.weight = mx.contiguous(weight)
+    mx.eval(module.weight)
+    return HeadLinear(module)
