@@ -42,6 +42,7 @@ of the prompt that it came in. How weights may be stored and quantised is anothe
 [weight formats](weight-formats.md).
 
 mlx-lm also loads these types as another architecture: {aliases}.
+`qwen3_5_text` and `qwen3_5_moe_text`, language models without the wrapper, are loaded as `qwen3_5` and `qwen3_5_moe`.
 
 ## Supported
 

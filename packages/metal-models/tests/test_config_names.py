@@ -51,3 +51,20 @@ def test_experts_by_the_other_name(lab) -> None:
     config = lab.read_config("mellum")
     config["num_local_experts"] = config.pop("num_experts")
     assert build(config).args.num_experts == config["num_local_experts"]
+
+
+def test_numbers_that_json_does_not_have() -> None:
+    named = with_old_names({"time_step_limit": [0.0, {"__float__": "Infinity"}], "lowest": {"__float__": "-Infinity"}})
+    assert named == {"time_step_limit": [0.0, float("inf")], "lowest": float("-inf")}
+
+
+def test_kinds_of_layers_by_the_names_of_transformers(lab) -> None:
+    config = lab.read_config("granitemoehybrid") | {"layer_types": ["linear_attention", "full_attention"] * 2}
+    assert [layer.layer_type for layer in build(config).layers] == ["mamba", "attention"] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_language_models_without_their_wrapper(lab, name: str) -> None:
+    text = lab.read_config(name)["text_config"]
+    alone = build(text | {"model_type": f"{name}_text"})
+    assert len(alone.layers) == text["num_hidden_layers"]

@@ -62,6 +62,17 @@ def test_gpt_oss_with_experts_as_floats(tensors: Any, tmp_path: Path) -> None:
     reread(tmp_path, written, own)
 
 
+def test_norms_of_olmo_hybrid_by_their_first_names(tensors: Any, tmp_path: Path) -> None:
+    own, written = tensors("olmo_hybrid"), {}
+    for name, array in own.items():
+        recurrent = f"{name.rpartition('.')[0].rpartition('.')[0]}.linear_attn.A_log" in own
+        old = name.replace("input_layernorm", "attention_layer_norm")
+        old = old.replace("post_attention_layernorm", "feedforward_layer_norm") if recurrent else old
+        written[old] = array
+    assert any("attention_layer_norm" in name for name in written)
+    reread(tmp_path, written, own)
+
+
 def test_others_are_mlx_lms_own_classes(lab: SimpleNamespace) -> None:
     assert type(build(lab.read_config("llama"))).__module__ == "mlx_lm.models.llama"
     assert type(build(lab.read_config("gpt_oss"))).__module__ == "mlx_lm.models.gpt_oss"

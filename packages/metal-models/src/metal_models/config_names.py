@@ -3,6 +3,9 @@
 from functools import cache
 from typing import Any
 
+# model_type -> kinds of layers by transformers' names, and by those that mlx-lm's file knows.
+_KINDS = {"granitemoehybrid": {"full_attention": "attention", "linear_attention": "mamba"}}
+
 
 def reading_new_names(args_class: Any) -> Any:
     """Return a model's arguments class that also understands configs written by transformers 5.
@@ -24,8 +27,11 @@ def _reading(args_class: Any) -> Any:
 
 
 def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a ``config.json`` in which rotary parameters also have the names they had before transformers 5."""
+    """Return a ``config.json`` in which values have the names and forms that they had before transformers 5."""
+    config = {name: _number(value) for name, value in config.items()}
     named = _named(config)
+    if (kinds := _KINDS.get(str(config.get("model_type")))) and config.get("layer_types"):
+        named["layer_types"] = [kinds.get(kind, kind) for kind in config["layer_types"]]
     if isinstance(config.get("text_config"), dict):
         named["text_config"] = _named(config["text_config"])
     return named
@@ -37,6 +43,13 @@ def _named(config: dict[str, Any]) -> dict[str, Any]:
     missing = {name: value for name, value in found.items() if value is not None and config.get(name) is None}
     unscaled = {"rope_scaling": None} if config.get("rope_parameters") else {}  # some files ask for it
     return {**unscaled, **config, **missing}
+
+
+def _number(value: Any) -> Any:
+    """Return numbers for what stands for those that JSON does not have, also in a list: ``{"__float__": …}``."""
+    if isinstance(value, list):
+        return [_number(part) for part in value]
+    return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
 
 
 def _rope(rope: Any) -> dict[str, Any]:

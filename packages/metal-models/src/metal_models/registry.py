@@ -55,6 +55,9 @@ _WRAPPED = {
     "smolvlm",
 }
 
+# ``model_type`` of a language model without the wrapper that mlx-lm's file is named after -> that file.
+_UNWRAPPED = {"qwen3_5_moe_text": "qwen3_5_moe", "qwen3_5_text": "qwen3_5"}
+
 # Families whose code would run over the paged cache but compute something else: model file -> reason.
 _REFUSED = {
     "phi3small": "mlx-lm lets a token of its block-sparse layers see later ones, which no cache can repeat",
@@ -74,7 +77,9 @@ def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
     if architecture in _WRAPPED:
         return wrapped_text.Model, reading_new_names(wrapped_text.ModelArgs)
     try:
-        classes: tuple[type[nn.Module], type[Any]] = mlx_lm_classes(config)
+        classes: tuple[type[nn.Module], type[Any]] = mlx_lm_classes(
+            {**config, "model_type": _UNWRAPPED.get(architecture, architecture)}
+        )
     except ValueError as error:
         raise UnsupportedModelError(architecture, "mlx-lm has no model of that type") from error
     except SystemExit as error:  # how a model file says that it misses a package

@@ -58,5 +58,19 @@ def _gpt_oss(weights: Weights) -> Weights:
     return read
 
 
+def _olmo_hybrid(weights: Weights) -> Weights:
+    """Take the norms of recurrent layers by the names that the first checkpoints have."""
+    names = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+    read: Weights = {}
+    for name, array in weights.items():
+        stem, _, norm = name.removesuffix(".weight").rpartition(".")
+        read[f"{stem}.{names[norm]}.weight" if norm in names else name] = array
+    return read
+
+
 # mlx-lm's model file -> what turns other layouts into the one that it expects.
-_READERS: dict[str, Callable[[Weights], Weights]] = {"gpt2": _gpt2, "gpt_oss": _gpt_oss}
+_READERS: dict[str, Callable[[Weights], Weights]] = {
+    "gpt2": _gpt2,
+    "gpt_oss": _gpt_oss,
+    "olmo_hybrid": _olmo_hybrid,
+}
