@@ -1,6 +1,9 @@
 """Towers of a checkpoint: what is found, what is refused and why."""
 
 import json
+import re
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from mlx.utils import tree_flatten
 from metal_models import CheckpointError, MetalModelsError, load
 from metal_models.multimodal import MultimodalItem, Towers, has_towers, load_towers
 from metal_models.multimodal.families.qwen3_vl import Family
+from metal_models.multimodal.load import FAMILIES
 from metal_models.multimodal.mlx_vlm_models import build as build_vlm
+from metal_models.multimodal.refused import REFUSED
 from metal_models.registry import build
 
 CONFIGS = Path(__file__).parent / "configs_multimodal"
@@ -65,13 +70,25 @@ def test_verdicts() -> None:
     [
         ({"model_type": "llama"}, "no encoder for 'llama'"),
         ({"model_type": "gemma3"}, "no encoder that is known"),
-        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "no encoder that is known"),
+        ({"model_type": "llava", "vision_config": {"model_type": "vit"}}, "no encoder that is known"),
+        ({"model_type": "paligemma", "vision_config": {}}, "'paligemma': all tokens of its prompts see each other"),
     ],
 )
 def test_reasons(config: dict[str, Any], reason: str) -> None:
     verdict = has_towers(config)
     assert not verdict
     assert reason in str(verdict.reason)
+
+
+def test_every_family_of_mlx_vlm_has_a_verdict() -> None:
+    pytest.importorskip("mlx_vlm")
+    found: Any = find_spec("mlx_vlm")
+    configs = (Path(found.origin).parent / "models").glob("*/config.py")
+    encoding = {file.parent.name for file in configs if re.search("(vision|audio)_config", file.read_text())}
+    modules = (import_module(f"metal_models.multimodal.families.{name}") for name in set(FAMILIES.values()))
+    served = set(FAMILIES) | {module.Family.package for module in modules}
+    assert not set(FAMILIES) & set(REFUSED)
+    assert encoding - served <= set(REFUSED)
 
 
 @pytest.mark.parametrize("bits", [None, 8])

@@ -1,8 +1,8 @@
 """Images and text through vLLM's engine, in process, over a tiny random Qwen2.5-VL: tokens must be transformers'."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from vllm_metal_plugin.multimodal.encoder_memory import measure_encoder
 
@@ -94,63 +96,54 @@ def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(vision_dir: Path) -> Expected:
     """Greedy tokens as transformers generates them, with a forward pass over everything for each token."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vision_dir, attn_implementation="eager")
-    processor = transformers.AutoImageProcessor.from_pretrained(vision_dir)
     known: dict[str, list[int]] = {}
-
-    def generate(prompt: Prompt, max_tokens: int) -> list[int]:
-        tokens, images = prompt
-        vision: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
-        grids = iter(vision.get("image_grid_thw", torch.zeros(0, 3)).prod(-1).tolist())
-        full = [token for t in tokens for token in ([t] * (int(next(grids)) // 4) if t == IMAGE else [t])]
-        start = len(full)
-        for _ in range(max_tokens):
-            ids = torch.tensor([full])
-            with torch.no_grad():
-                types = (ids == IMAGE).int()
-                logits = model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, -1]
-            full.append(len(SPECIAL) + int(logits[len(SPECIAL) :].argmax()))
-        return full[start:]
 
     def cached(prompt: Prompt, max_tokens: int = 8) -> list[int]:
         key = str(prompt[0]) + str([each.tobytes()[:64] for each in prompt[1]]) + str(max_tokens)
         if key not in known:
-            known[key] = generate(prompt, max_tokens)
+            known[key] = greedy(model, vision_dir, prompt, max_tokens)
         return known[key]
 
     return cached
 
 
+def greedy(model: Any, vision_dir: Path, prompt: Prompt, max_tokens: int) -> list[int]:
+    processor = transformers.AutoImageProcessor.from_pretrained(vision_dir)
+    tokens, images = prompt
+    vision: dict[str, Any] = dict(processor(images=images, return_tensors="pt")) if images else {}
+    grids = iter(vision.get("image_grid_thw", torch.zeros(0, 3)).prod(-1).tolist())
+    full = [token for t in tokens for token in ([t] * (int(next(grids)) // 4) if t == IMAGE else [t])]
+    start = len(full)
+    for _ in range(max_tokens):
+        ids = torch.tensor([full])
+        with torch.no_grad():
+            types = (ids == IMAGE).int()
+            logits = model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, -1]
+        full.append(len(SPECIAL) + int(logits[len(SPECIAL) :].argmax()))
+    return full[start:]
+
+
 @pytest.fixture
-def engine(vision_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LLM]]:
-    """Make engines that live in this process."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    engines = []
-
-    def make(**options: Any) -> LLM:
-        defaults = {
-            "max_model_len": 128,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 16,
-            "block_size": 8,
-            "kv_cache_memory_bytes": 4 << 20,
-            "limit_mm_per_prompt": {"image": 3, "video": 0},
-        }
-        engines.append(LLM(model=str(vision_dir), **(defaults | options)))
-        return engines[-1]
-
-    yield make
-    for llm in engines:
-        llm.llm_engine.engine_core.shutdown()
-    engines.clear()
-    gc.collect()
+def engine(make_engine: Callable[..., LLM], vision_dir: Path) -> Callable[..., LLM]:
+    """Engines over the tiny Qwen2.5-VL."""
+    return partial(
+        make_engine,
+        vision_dir,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=16,
+        block_size=8,
+        kv_cache_memory_bytes=4 << 20,
+        limit_mm_per_prompt={"image": 3, "video": 0},
+    )
 
 
-def ask(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams = GREEDY) -> list[Any]:
+def ask(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams = GREEDY, **options: Any) -> list[Any]:
     inputs = [
         {"prompt_token_ids": tokens} | ({"multi_modal_data": {"image": images}} if images else {})
         for tokens, images in prompts
     ]
-    return list(llm.generate(inputs, params, use_tqdm=False))
+    return list(llm.generate(inputs, params, use_tqdm=False, **options))
 
 
 def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
@@ -272,6 +265,54 @@ def test_video(vision_dir: Path, engine: Callable[..., LLM]) -> None:
             answer = model(input_ids=torch.tensor([full]), mm_token_type_ids=types, position_ids=positions, **vision)
         full.append(len(SPECIAL) + int(answer.logits[0, -1, len(SPECIAL) :].argmax()))
     assert list(output.outputs[0].token_ids) == full[-8:]
+
+
+def write_adapter(directory: Path, seed: int, target: str = "language_model.layers.{}.self_attn.q_proj") -> Path:
+    """A random adapter of one kind of layer, named as PEFT names those of transformers' model."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for letter, shape in (("A", (4, 64)), ("B", (64, 4))):
+            name = f"base_model.model.model.{target.format(layer)}.lora_{letter}.weight"
+            tensors[name] = 0.4 * torch.randn(shape, generator=generator)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [], "layers_to_transform": [0, 1]}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def merged(vision_dir: Path, adapter: Path) -> Any:
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vision_dir, attn_implementation="eager")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight.data += 2 * tensors[name.replace("lora_A", "lora_B")] @ a
+    return model
+
+
+def test_adapters_beside_images(
+    engine: Callable[..., LLM], expected: Expected, vision_dir: Path, tmp_path: Path
+) -> None:
+    """Several in one batch, and again with prefixes found in the cache, each adapter's its own."""
+    llm = engine(enable_lora=True, max_loras=2, max_lora_rank=8)
+    requests, models = [], []
+    for number in (1, 2):
+        adapter = write_adapter(tmp_path / str(number), number)
+        requests.append(LoRARequest(f"adapter{number}", number, str(adapter)))
+        models.append(merged(vision_dir, adapter))
+    one, text, two, _ = PROMPTS
+    asked = [(one, 0), (one, 1), (two, 2), (text, 1), (two, 0), (one, 2)]
+    answers = [expected(prompt) if not n else greedy(models[n - 1], vision_dir, prompt, 8) for prompt, n in asked]
+    assert len({str(answers[place]) for place in (0, 1, 5)}) == 3
+    adapters = [requests[n - 1] if n else None for _, n in asked]
+    for _ in range(2):
+        assert tokens_of(ask(llm, [prompt for prompt, _ in asked], lora_request=adapters)) == answers
+    wrong = write_adapter(tmp_path / "encoder", 3, "visual.blocks.{}.attn.proj")
+    [failed] = ask(llm, [one], lora_request=[LoRARequest("encoder", 3, str(wrong))])
+    assert failed.outputs[0].finish_reason == "error"
+    assert tokens_of(ask(llm, [one])) == [answers[0]]
 
 
 def test_abort_while_a_step_is_in_flight(engine: Callable[..., LLM], expected: Expected) -> None:

@@ -17,6 +17,9 @@ from metal_models.lora_files import LowRank, check_complete, read_config, read_t
 
 _LINEARS = (nn.Linear, nn.QuantizedLinear)
 
+# What the names of encoders' modules contain; their layers have numbers and names like the language model's.
+_ENCODERS = ("audio", "connector", "projector", "speech", "vision", "visual")
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -190,6 +193,11 @@ class LoraLayers:
 
     def _name_of(self, module: str, directory: Path) -> str:
         """Return the model's name for a module that an adapter names."""
+        if any(word in module for word in _ENCODERS):
+            raise AdapterError(
+                f"[lora] expected an adapter of the language model's layers, got {module} in {directory}, which belongs "
+                "to an encoder. Train one whose target_modules leave encoders out."
+            )
         name = module if module in self._targets else self._by_ending.get(_ending(module))
         if name is None:
             raise AdapterError(

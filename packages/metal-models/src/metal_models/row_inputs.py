@@ -171,8 +171,7 @@ class RowInputs:
                 "[forward] expected rotary modules to be called with the step's positions, got others. "
                 "The model cannot take rope_positions."
             )
-        dims = getattr(rope, "dims", None) or rope.dim
-        chosen = _lanes(self._sections, dims, bool(getattr(rope, "traditional", False)), x.shape[-1])
+        chosen = _lanes(self._sections, *_turned_elements(rope), x.shape[-1])
         out = plain(rope, x, offset=self._coordinates[0])
         for coordinate in (1, 2):
             out = mx.where(chosen == coordinate, plain(rope, x, offset=self._coordinates[coordinate]), out)
@@ -195,7 +194,7 @@ class RowInputs:
         for name in backbone_path(self._module):
             backbone = getattr(backbone, name)
         _turn_to(_embedding_of(backbone), _embedding, self)
-        for index, layer in enumerate(getattr(backbone, "layers", ())):
+        for index, layer in enumerate(backbone.get("layers", ())):
             _turn_to(layer, _layer, (self, index))
         if self._sections is not None:
             for _, part in backbone.named_modules():
@@ -207,13 +206,21 @@ class RowInputs:
 def _embedding_of(backbone: Any) -> Any:
     """Return the module that turns a backbone's token ids into rows."""
     found = [part for part in backbone.children().values() if isinstance(part, (nn.Embedding, nn.QuantizedEmbedding))]
-    named = getattr(backbone, "embed_tokens", None)
-    if named is not None or len(found) == 1:
-        return named if named is not None else found[0]
+    if "embed_tokens" in backbone:
+        return backbone["embed_tokens"]
+    if len(found) == 1:
+        return found[0]
     raise MetalModelsError(
         f"[forward] expected a backbone with one embedding of tokens, got {len(found)} in {type(backbone).__name__}. "
         "The model cannot take embeddings."
     )
+
+
+def _turned_elements(rope: Any) -> tuple[int, bool]:
+    """Return how many elements of a head one of ``_ROPES`` turns, and whether neighbours are turned together."""
+    if isinstance(rope, rope_utils.SuScaledRoPE):
+        return rope.dim, False
+    return rope.dims, rope.traditional
 
 
 @cache

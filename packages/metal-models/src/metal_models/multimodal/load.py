@@ -11,11 +11,12 @@ from mlx.utils import tree_map
 from metal_models.checkpoint import check_files
 from metal_models.errors import CheckpointError, MetalModelsError
 from metal_models.multimodal.mlx_vlm_models import build, installed
+from metal_models.multimodal.refused import REFUSED
 from metal_models.multimodal.towers import Towers
 from metal_models.stored_quantization import quantize_as_stored
 
 # ``model_type`` -> module in ``families`` whose ``Family`` encodes for it; after a slash, that of its vision_config.
-_FAMILIES = {
+FAMILIES = {
     "cohere2_vision": "cohere2_vision",
     "gemma3": "gemma3",
     "gemma4": "gemma4",
@@ -66,7 +67,9 @@ def has_towers(config: dict[str, Any]) -> TowerVerdict:
     """Tell what a model with this ``config.json`` can take beside text; nothing is read, mlx-vlm is not imported."""
     family = _family(config)
     if family is None:
-        return TowerVerdict(frozenset(), f"there is no encoder for {config.get('model_type')!r}")
+        kind = config.get("model_type")
+        why = REFUSED.get(str(kind), "this version does not know it")
+        return TowerVerdict(frozenset(), f"there is no encoder for {kind!r}: {why}")
     modalities = family.modalities_of(config)
     if not modalities:
         return TowerVerdict(frozenset(), "its config.json describes no encoder that is known")
@@ -90,7 +93,7 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
     family = _family(config)
     if family is None:
         raise MetalModelsError(
-            f"[towers] expected one of {', '.join(_FAMILIES)}, got {config.get('model_type')!r}. "
+            f"[towers] expected one of {', '.join(FAMILIES)}, got {config.get('model_type')!r}. "
             "Serve the language model alone."
         )
     model = build(family.package, family.vlm_config(config), family.sub_configs)
@@ -126,7 +129,7 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
 
 def _family(config: dict[str, Any]) -> type[Towers] | None:
     kind, vision = config.get("model_type"), (config.get("vision_config") or {}).get("model_type")
-    name = _FAMILIES.get(f"{kind}/{vision}") or _FAMILIES.get(str(kind))
+    name = FAMILIES.get(f"{kind}/{vision}") or FAMILIES.get(str(kind))
     if name is None:
         return None
     family: type[Towers] = importlib.import_module(f"metal_models.multimodal.families.{name}").Family
