@@ -94,12 +94,14 @@ def test_head_sizes(head_size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["metal", "cuda"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_everything_that_dispatch_accepts(head_size, block_size, dtype, group):
-    check([70, 3, 600], 2, group, head_size, block_size, dtype, sinks=group == 3)
+def test_everything_that_dispatch_accepts(target, head_size, block_size, dtype, group):
+    decode = kernels.decode_kernel(target, dtype, dtype, head_size, block_size, group)
+    check([70, 3, 600], 2, group, head_size, block_size, dtype, sinks=group == 3, decode=decode)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
