@@ -51,5 +51,5 @@ for (int i = int(thread_position_in_threadgroup.x); i < HEAD_SIZE; i += SIMDGROU
     sum += all_sum[s];
     value += all_out[s * HEAD_SIZE + i];
   }
-  out[(long(row) * ROW_STEP + head * HEAD_STEP) * HEAD_SIZE + i] = from_f32<T>(sum > 0.0f ? value / sum : 0.0f);
+  out[(long(row) * Q_HEADS + head) * HEAD_SIZE + i] = from_f32<T>(sum > 0.0f ? value / sum : 0.0f);
 }

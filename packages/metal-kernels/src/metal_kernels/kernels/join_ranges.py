@@ -18,9 +18,7 @@ def join_ranges(
     plan: DecodePlan,
     sinks: Float[mx.array, "q_heads"] | None,
     dtype: mx.Dtype,
-    *,
-    heads_first: bool = False,
-) -> Float[mx.array, "decodes q_heads head_size"] | Float[mx.array, "q_heads decodes head_size"]:
+) -> Float[mx.array, "decodes q_heads head_size"]:
     """Return the attention of each request of ``plan``.
 
     Args:
@@ -29,12 +27,11 @@ def join_ranges(
         plan: Which ranges are whose.
         sinks: Extra logit per query head.
         dtype: Of the result.
-        heads_first: Whether heads are the first axis of the result.
     """
     _, q_heads, head_size = weighted.shape
     (out,) = _KERNEL(
         [weighted, stats, plan.ranges, constants(0.0) if sinks is None else sinks.astype(mx.float32)],
-        [((q_heads, plan.num_reqs, head_size) if heads_first else (plan.num_reqs, q_heads, head_size), dtype)],
+        [((plan.num_reqs, q_heads, head_size), dtype)],
         threadgroups=(plan.num_reqs * q_heads, 1),
         threads=_SIMDGROUPS * 32,
         template={
@@ -43,8 +40,6 @@ def join_ranges(
             "Q_HEADS": q_heads,
             "SIMDGROUPS": _SIMDGROUPS,
             "SINKS": sinks is not None,
-            "ROW_STEP": 1 if heads_first else q_heads,
-            "HEAD_STEP": plan.num_reqs if heads_first else 1,
         },
     )
     return out

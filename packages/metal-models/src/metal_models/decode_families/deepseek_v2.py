@@ -1,4 +1,4 @@
-"""DeepSeek-V2: latent attention whose projection of latents serves keys and values together, and no bias of experts."""
+"""DeepSeek-V2: latent attention with one projection from latents to keys and values, and a router without biases."""
 
 from typing import Any
 
