@@ -14,6 +14,13 @@ from pathlib import Path
 _WHEELS_WITH_OPENBLAS = ("opencv_python_headless.libs", "opencv_python.libs")
 
 
+def cpu_wheel_folders() -> list[Path]:
+    """Return where packages of the mlx-cpu wheel lie; nothing without it."""
+    spec = find_spec("mlx_cpu") or find_spec("mlx")
+    roots = [Path(entry).parent for entry in (spec.submodule_search_locations or [])] if spec else []
+    return [root for root in roots if (root / "mlx_cpu.libs").is_dir()]
+
+
 def prefer_fast_blas() -> str:
     """Load an OpenBLAS of this machine for MLX to use; does nothing off Linux or without the mlx-cpu wheel.
 
@@ -24,9 +31,8 @@ def prefer_fast_blas() -> str:
     """
     if sys.platform != "linux":
         return "not needed: MLX uses Accelerate"
-    spec = find_spec("mlx_cpu") or find_spec("mlx")
-    roots = [Path(entry).parent for entry in (spec.submodule_search_locations or [])] if spec else []
-    if not any((root / "mlx_cpu.libs").is_dir() for root in roots):
+    roots = cpu_wheel_folders()
+    if not roots:
         return "not needed: MLX brings its own BLAS"
     if "mlx.core" in sys.modules:
         return "too late: mlx.core was imported before metal_kernels"
