@@ -37,6 +37,11 @@ def test_refused_with_the_reason(family: str, reason: str, lab: SimpleNamespace)
     assert repr(family) in str(caught.value)
 
 
+def test_options_that_mlx_lm_does_not_have(lab: SimpleNamespace) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'nanbeige': mlx-lm says .*not yet supported"):
+        supported(lab.read_config("nanbeige") | {"num_loops": 2, "loop_share_kv": True})
+
+
 def test_unknown_architecture() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'gpt_17'.*no model of that type"):
         supported({"model_type": "gpt_17"})

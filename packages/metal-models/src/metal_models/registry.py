@@ -109,6 +109,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     """Return the model with random, unevaluated parameters: it takes time for its modules but no memory.
 
     Raises:
+        UnsupportedModelError: mlx-lm's code lacks what the config asks for.
         MetalModelsError: The config lacks a value, or has one that the model refuses.
     """
     architecture = architecture_of(config)
@@ -116,6 +117,8 @@ def build(config: dict[str, Any]) -> nn.Module:
     make: Callable[[Any], nn.Module] = model_class
     try:
         model = make(args_class.from_dict(config))
+    except NotImplementedError as error:
+        raise UnsupportedModelError(architecture, f"mlx-lm says {str(error).rstrip('.')!r}") from error
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise MetalModelsError(
             f"[load] expected a complete config for {architecture!r}, got {type(error).__name__}: {error}. "
