@@ -195,8 +195,8 @@ class LoraLayers:
         """Return the model's name for a module that an adapter names."""
         if any(word in module for word in _ENCODERS):
             raise AdapterError(
-                f"[lora] expected an adapter of the language model's layers, got {module} in {directory}, which belongs "
-                "to an encoder. Train one whose target_modules leave encoders out."
+                f"[lora] expected an adapter of the language model's layers, got {module} in {directory}, which "
+                "belongs to an encoder. Train one whose target_modules leave encoders out."
             )
         name = module if module in self._targets else self._by_ending.get(_ending(module))
         if name is None:

@@ -11,7 +11,7 @@ Weigh = Callable[[np.ndarray], np.ndarray]
 
 def linear(distance: np.ndarray) -> np.ndarray:
     """Return the weight of a cell at some distances, in cells, between the two nearest."""
-    return np.clip(1 - np.abs(distance), 0, None)
+    return np.maximum(1 - np.abs(distance), 0)
 
 
 def cubic(distance: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Gemma 4: images of several sizes, frames and sound; in larger models images see all of themselves."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ class Family(Towers):
     """Gemma 4's towers, with what maps each into the language model's space."""
 
     package = "gemma4"
-    part_names = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
+    part_names: ClassVar[tuple[str, ...]] = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
     sub_configs = ("text", "vision", "audio")
 
     @classmethod

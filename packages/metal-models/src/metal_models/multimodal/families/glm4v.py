@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from jaxtyping import Float, Int
 
 from metal_models.multimodal.families import qwen3_vl
@@ -26,7 +27,7 @@ class Family(qwen3_vl.Family):
     def embeddings(self, item: MultimodalItem) -> Float[mx.array, "embeddings width"]:
         """Return one row for each merged patch, frame by frame."""
         pixels, grid = patches(item, self.dtype)
-        times, rows, columns = grid.reshape(-1).tolist()
+        times, rows, columns = np.array(grid).reshape(-1).tolist()
         frame, tower = mx.array([[1, rows, columns]]), self.parts["vision_tower"]
         return mx.concatenate([tower(part, frame) for part in mx.split(pixels, times)])
 
@@ -55,6 +56,6 @@ class _Positions(nn.Module):
         """
         table = self.position_embedding.weight
         side = int(table.shape[0] ** 0.5)
-        _, height, width = grid.reshape(-1).tolist()
+        _, height, width = np.array(grid).reshape(-1).tolist()
         places = resized(table.reshape(1, side, side, -1), height, width, cubic)[0]
         return patches + places[rows, columns].astype(patches.dtype)

@@ -21,7 +21,7 @@ class Family(Towers):
     """LLaVA's vision tower and projector."""
 
     package = "llava"
-    part_names = ("vision_tower", "multi_modal_projector")
+    part_names: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
     renamers: ClassVar[tuple[str, ...]] = ("vision_tower",)
     vision_types: ClassVar[frozenset[str]] = frozenset(_DEFAULT_ACTS)
 
