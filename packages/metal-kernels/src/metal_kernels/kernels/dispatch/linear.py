@@ -53,10 +53,13 @@ def linear_kernel(
             f"multiples of {32 if gated else 16} and {4 * run}, and groups of whole runs of {run}"
         )
     chunks = weights.inputs // (4 * run)
-    return Accepted(linear_variant(rows, chunks, weights.outputs, gated, plain=weights.bits is None))
+    plain = weights.bits is None
+    return Accepted(linear_variant(rows, chunks, weights.outputs, gated, plain=plain, normed=normed))
 
 
-def linear_variant(rows: int, chunks: int, outputs: int, gated: bool, *, plain: bool = True) -> LinearVariant:
+def linear_variant(
+    rows: int, chunks: int, outputs: int, gated: bool, *, plain: bool = True, normed: bool = False
+) -> LinearVariant:
     """Lay out a linear layer whose inner axis has so many chunks, so that its threadgroups are there at once."""
     columns = next(columns for columns in (1, 2, 4) if 8 * columns >= rows)
     whole = [tiles for tiles in (1, 2, 3, 4) if outputs % (16 * tiles) == 0]
@@ -66,11 +69,12 @@ def linear_variant(rows: int, chunks: int, outputs: int, gated: bool, *, plain: 
         # Each threadgroup reads all rows: of large layers fewer threadgroups, with more of the weight each, read less.
         if tiles == 2 and outputs > 16 * 4 * _LINEAR_THREADGROUPS and 4 in whole:
             tiles = 4
-        elif tiles == 1 and chunks >= _LONG_CHUNKS and 2 in whole:
+        elif tiles == 1 and chunks >= _LONG_CHUNKS and 2 in whole and not normed:
             return LinearVariant(2, columns, simdgroups, 2)
     turns = -(-chunks // simdgroups)
-    # Loads of three tiles at once take registers that lanes need otherwise.
-    depths = (2, 1) if tiles > 2 else (4, 2, 3, 1)
+    # Loads of three tiles at once take registers that lanes need otherwise; of 16 SIMD-groups a lane has 128 at most.
+    few = tiles > 2 or (simdgroups == 16 and columns == 4)
+    depths = (2, 1) if few else (4, 2, 3, 1)
     depth = next((depth for depth in depths if turns % depth == 0), 1)
     return LinearVariant(tiles, columns, simdgroups, depth)
 
