@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from metal_kernels import simulator
 from metal_kernels.simulator import KernelCompileError, Schedule, SimulatorError, metal_kernel, settings
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -174,6 +175,51 @@ LEGAL = {
         "struct Pair { float a, b; thread Pair& operator+=(Pair o) { b += o.b; return *this; } };\n"
         "constant Pair table[2] = {{1, 2}, {3, 4}};\n",
     ),
+    "copies_out_of_constant_memory": (
+        "Outer o; o = table[1]; Inner n; n = o.inner; n = table[i % 2].inner; Pair<float> p = pairs[1]; p = pairs[0]; "
+        "Bits b = bits[0]; Unnamed u; u = unnamed[0]; Outer c = i > 3 ? table[0] : table[1]; Outer none = {}; "
+        f"threadgroup Inner t[1]; if (lid == 0) t[0] = table[0].inner; {BARRIER} "
+        "out[i] = first(table[1]) + at(0).v.y + n.a + p.b + b.f + u.p[1] + c.x + t[0].b + none.x + o.many[2];",
+        10 + 3 + np.where(X % 2, 7, 1) + 2 + 1 + 5 + np.where(X > 3, 1, 10) + 2 + 6,
+        "struct Inner { float a; int b; };\n"
+        "template <typename T> struct Pair { T a, b; };\n"
+        "union Bits { uint u; float f; };\n"
+        "typedef struct { packed_float3 p; bool2 flags; } Unnamed;\n"
+        "struct Outer { float x; float4 v; Inner inner; metal::array<int, 3> many; };\n"
+        "constant Outer table[2] = {{1, float4(2, 3, 4, 5), {1, 2}}, {10, float4(0), {7, 8}, {4, 5, 6}}};\n"
+        "constant Pair<float> pairs[2] = {{1, 2}, {3, 4}};\n"
+        "constant Bits bits[1] = {{0x3f800000u}};\n"
+        "constant Unnamed unnamed[1] = {{packed_float3(4, 5, 6)}};\n"
+        "inline float first(Outer o) { return o.x; }\n"
+        "inline Outer at(int i) { return table[i]; }\n",
+    ),
+    "struct_with_its_own_constructor": (
+        "Scale s = Scale(2.0f); Scale t = s; t = Scale(3.0f); out[i] = s.f * x[i] + t.f;",
+        2 * X + 3,
+        "struct Scale { float f; Scale(float v) thread : f(v) {} Scale(const thread Scale& o) : f(o.f) {} };\n",
+    ),
+    "integer_functions_of_vectors": (
+        "uint2 v = clz(uint2(i + 1)) + ctz(uint2(8)) + extract_bits(uint2(i), 1u, 3u) "
+        "+ mulhi(uint2(1u << 31), uint2(4)) + rotate(uint2(1), uint2(3)) + reverse_bits(uint2(1u << 31)) + absdiff(uint2(1), uint2(4)); out[i] = v.y;",
+        31 - np.floor(np.log2(X + 1)) + 3 + (X.astype(int) >> 1 & 7) + 2 + 8 + 1 + 3,
+    ),
+    "classes_of_lanes": (
+        "out[i] = all(isfinite(float2(x[i]))) + any(signbit(half2(-1))) + isunordered(x[i], NAN) "
+        "+ all(isnormal(float2(1)));",
+        np.full(64, 4.0),
+    ),
+    "counts_of_zero_bits": (
+        "out[i] = clz(i + 1) + clz(ulong(1)) + clz(uchar(i)) * (i == 1) + ctz(ushort(8)) + ctz(0) + popcount(-1L);",
+        31 - np.floor(np.log2(X + 1)) + 63 + 7 * (X == 1) + 3 + 32 + 64,
+    ),
+    "braces_for_structs": (
+        "Pair p, q({3, 4}); p = {x[i], 1}; threadgroup Pair t[64]; t[lid] = {x[i], 2}; Hidden h; h.set(5); "
+        f"{BARRIER} out[i] = p.a + q.b + t[63 - lid].a + first({{7, 8}}) + h.get();",
+        63.0 + np.full(64, 4 + 7 + 5),
+        "struct Pair { float a, b; };\ninline float first(Pair p) { return p.a; }\n"
+        "class Hidden { int n; public: void set(int v) { n = v; } int get() const { return n; } };\n",
+    ),
+    "builtins_that_mlx_uses_too": ("constexpr short log = __builtin_ctz(8); out[i] = log;", np.full(64, 3.0)),
     "quads": (
         "uint votes = (quad_vote::vote_t)quad_ballot(lane % 4 == 1); "
         "out[i] = quad_prefix_inclusive_sum(1.0f) + quad_all(true) + 10 * votes;",
@@ -216,7 +262,7 @@ def test_math_mode_is_visible(mode):
 
 def test_complex_numbers_in_constant_memory():
     z = mx.array([1 + 2j, 3 - 1j])
-    kernel = metal_kernel("k", ["z"], ["out"], "complex64_t a = z[0]; complex64_t b = z[1]; out[0] = a * b;")
+    kernel = metal_kernel("k", ["z"], ["out"], "complex64_t a = z[0]; complex64_t b; b = z[1]; out[0] = a * b;")
     call = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1)}
     (out,) = kernel(inputs=[z], output_shapes=[(1,)], output_dtypes=[mx.complex64], **call)
     assert out.item() == 5 + 5j
@@ -344,6 +390,18 @@ def test_wrong_number_of_inputs():
     kernel = metal_kernel("k", ["x"], ["out"], "out[0] = x[0];")
     with pytest.raises(SimulatorError, match="expected 1 inputs, got 2"):
         kernel(inputs=[1, 2], output_shapes=[(1,)], output_dtypes=[mx.float32], grid=(1, 1, 1), threadgroup=(1, 1, 1))
+
+
+def test_what_was_installed_before_a_block_remains(request):
+    before = simulator.is_installed()
+    simulator.install()
+    if not before:
+        request.addfinalizer(simulator.uninstall)
+    pretended = mx.metal.is_available()
+    with simulator.installed(pretend_metal=True):
+        assert mx.metal.is_available()
+    assert simulator.is_installed()
+    assert mx.metal.is_available() == pretended
 
 
 def _compiles() -> bool:

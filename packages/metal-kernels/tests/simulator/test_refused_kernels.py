@@ -108,6 +108,15 @@ BODIES = {
         "device atomic<short>* p = (device atomic<short>*)n; atomic_load_explicit(p, memory_order_relaxed);",
         "atomic holds",
     ),
+    "clz_of_floats": Case("out[i] = clz(float2(x[i])).x;", "no matching function"),
+    # Names of the simulator's own, and of clang's for the host's processor
+    "name_of_the_simulator": Case("out[i] = msl_lane();", "'msl_lane' does not exist"),
+    "type_of_the_simulator": Case("MslContext c; out[i] = 1;", "'MslContext' does not exist"),
+    "macro_of_the_simulator": Case(
+        "out[i] = f(x[i]);", "'MSL_FN' does not exist", "MSL_FN float f(float v) { return v; }\n"
+    ),
+    "builtin_of_the_processor": Case("out[i] = __builtin_ia32_rdtsc();", "'__builtin_ia32_rdtsc' does not exist"),
+    "builtin_of_the_library": Case("out[i] = __builtin_fmaf(x[i], 2, 3);", "'__builtin_fmaf' does not exist"),
     # Language that Metal does not have
     "lambda": Case("auto f = [](float v) { return v + 1; }; out[i] = f(x[i]);", "lambda"),
     "recursion": Case(

@@ -1,8 +1,12 @@
 """Pre-pass, expressions: Metal's vector syntax, casts and address-space words that clang reads otherwise."""
 
+import re
+from functools import cache
+
 from .kernels import Program
 from .scopes import in_function
 from .tokens import TokenList
+from .toolchain import MSL_HEADERS
 
 _ELEMENTS = [
     "char",
@@ -65,6 +69,12 @@ _OPENCL_WORDS = {
     ],
     *["reserve_id_t", "sampler_t", "image1d_t", "image2d_t", "image3d_t"],
 }
+# clang's own functions that need no processor and no library of the host's; MLX's headers call some.
+_BUILTINS = re.compile(
+    r"__builtin_((clz|ctz|ffs|popcount|parity|clrsb)(g|l|ll|s)?|bswap(16|32|64)|bitreverse(8|16|32|64)|bit_cast|"
+    r"(add|sub|mul)_overflow|expect|expect_with_probability|assume|unreachable|constant_p|offsetof|"
+    r"inff|nanf|huge_valf|convertvector|shufflevector|astype)"
+)
 _NOT_BEFORE_TYPE = {
     ".",
     "->",
@@ -79,11 +89,11 @@ _NOT_BEFORE_TYPE = {
     "typedef",
 }
 _VALUE_END = {")", "]", ">"}
-_STRUCTS_OF_MLX = {"complex64_t"}
 
 
 def check_words(tokens: TokenList, program: Program) -> None:
     """Refuse words that Metal does not have, and rename those that only OpenCL reserves."""
+    names_of_headers = _names_of_headers()
     for i in tokens.indices():
         token = tokens[i]
         if token.kind == "number" and token.text.lower().endswith("bf") and not token.text.lower().startswith("0x"):
@@ -95,8 +105,20 @@ def check_words(tokens: TokenList, program: Program) -> None:
             token.text = "msl_no_" + token.text.strip("_")
         elif token.text in _OPENCL_WORDS and not (token.text == "private" and tokens[i + 1].text == ":"):
             token.text = f"msl_{token.text}"
-        elif token.text in ("virtual", "new") or (token.text == "delete" and tokens[i - 1].text != "="):
+        elif (
+            token.text in ("virtual", "new")
+            or (token.text == "delete" and tokens[i - 1].text != "=")
+            or (token.text.startswith("__builtin_") and not _BUILTINS.fullmatch(token.text))
+            or token.text in names_of_headers
+        ):
             program.error(token.place, f"'{token.text}' does not exist in Metal")
+
+
+@cache
+def _names_of_headers() -> frozenset[str]:
+    """The names that this package's own headers add to Metal's."""
+    texts = [path.read_text() for path in MSL_HEADERS.glob("*.h")]
+    return frozenset(name for text in texts for name in re.findall(r"\b(?:msl_|Msl|MSL_)\w+", text))
 
 
 def type_names(tokens: TokenList) -> set[str]:
@@ -129,28 +151,12 @@ def _typedef_name(tokens: TokenList, index: int) -> set[str]:
 def name_bool_vectors(tokens: TokenList) -> None:
     """``vec<bool, N>`` by its other name: the template itself has no vectors of bool."""
     for i in tokens.indices():
-        if [tokens[i + k].text for k in (0, 1, 2, 3, 5)] == ["vec", "<", "bool", ",", ">"]:
+        if tokens[i].text == "vec" and [tokens[i + k].text for k in (0, 1, 2, 3, 5)] == ["vec", "<", "bool", ",", ">"]:
             tokens[i].text = f"bool{tokens[i + 4].text}"
             tokens.drop(i + 1, i + 6)
             if tokens[i - 1].text == "::" and tokens[i - 2].text == "metal":
                 tokens.drop(i - 2, i)
     tokens.compact()
-
-
-def copy_from_constant(tokens: TokenList) -> None:
-    """``S v = <expression>;``: clang has no copies of structs out of constant memory."""
-    structs = _STRUCTS_OF_MLX | {tokens[i + 1].text for i in tokens.indices() if tokens[i].text in ("struct", "union")}
-    for i in tokens.indices():
-        if tokens[i].text not in structs or not in_function(tokens[i].scope) or tokens[i + 1].kind != "name":
-            continue
-        if tokens[i + 2].text != "=" or tokens[i + 3].text == "{":
-            continue
-        end = i + 3
-        while tokens[end].text not in (";", ",", ""):
-            end = tokens.closing(end) + 1 if tokens[end].text in ("(", "[", "{") else end + 1
-        if tokens[end].text == ";":
-            tokens[i + 2].text = "= metal::msl_value("
-            tokens[end].text = ");"
 
 
 def drop_coherent(tokens: TokenList) -> None:
@@ -339,13 +345,17 @@ def _rewrite_variable(tokens: TokenList, index: int) -> None:
 
 
 def rewrite_braced_arguments(tokens: TokenList) -> None:
-    """``f({a, b})``: the braces construct the vector that the parameter asks for."""
+    """``f({a, b})``: the braces construct the vector or struct that the parameter asks for."""
     for i in tokens.indices():
         if tokens[i].text != "{" or tokens[i - 1].text not in ("(", ",") or not in_function(tokens[i].scope):
             continue
         opening = tokens.enclosing(i)
         end = tokens.closing(i)
         inner = [tokens[j].text for j in range(i + 1, end)]
-        if tokens[opening].text == "(" and inner and ";" not in inner:
+        declares = tokens[opening - 1].kind == "name" and (
+            tokens[opening - 2].text == ">"
+            or (tokens[opening - 2].kind == "name" and tokens[opening - 2].text not in ("return", "else", "do"))
+        )
+        if tokens[opening].text == "(" and inner and not {";", "{"} & set(inner) and not declares:
             tokens[i].text = "metal::msl_braced("
             tokens[end].text = ")"

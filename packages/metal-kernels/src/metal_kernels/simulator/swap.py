@@ -25,21 +25,27 @@ def install(*, pretend_metal: bool = False) -> None:
     Raises:
         ToolchainError: No usable clang is installed.
     """
-    if _MLX_IS_AVAILABLE() or is_installed():
+    if _MLX_IS_AVAILABLE():
         return
-    toolchain()
-    _replace(mx.fast, "metal_kernel", metal_kernel)
-    if pretend_metal:
+    if not is_installed():
+        toolchain()
+        _replace(mx.fast, "metal_kernel", metal_kernel)
+        mx.disable_compile()
+    if pretend_metal and not mx.metal.is_available():
         _pretend()
-    mx.disable_compile()
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    if is_installed():
-        while _replaced:
-            setattr(*_replaced.pop())
+    _restore(0)
+
+
+def _restore(count: int) -> None:
+    """Undo all replacements but the first ``count``."""
+    if is_installed() and count == 0:
         mx.enable_compile()
+    while len(_replaced) > count:
+        setattr(*_replaced.pop())
 
 
 def is_installed() -> bool:
@@ -49,12 +55,13 @@ def is_installed() -> bool:
 
 @contextmanager
 def installed(*, pretend_metal: bool = False) -> Iterator[None]:
-    """`install` for the length of a ``with`` block."""
+    """`install` for the length of a ``with`` block; what was installed before remains."""
+    before = len(_replaced)
     install(pretend_metal=pretend_metal)
     try:
         yield
     finally:
-        uninstall()
+        _restore(before)
 
 
 def _replace(module: Any, name: str, function: object) -> None:

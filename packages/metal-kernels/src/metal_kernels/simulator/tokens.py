@@ -182,6 +182,7 @@ def _with_single_brackets(tokens: Iterator[Token]) -> Iterator[Token]:
 
 def _tokenize(text: str) -> Iterator[Token]:
     file, line, space = "<source>", 1, ""
+    place = Place(file, line)  # one for all tokens of a line
     for match in _TOKEN.finditer(text):
         kind, part = match.lastgroup or "", match.group()
         if kind == "marker":
@@ -192,6 +193,8 @@ def _tokenize(text: str) -> Iterator[Token]:
         if kind == "space":
             space += part
         else:
-            yield Token(kind, part, space, Place(file, line))
+            if place.line != line or place.file != file:
+                place = Place(file, line)
+            yield Token(kind, part, space, place)
             space = ""
         line += part.count("\n")

@@ -1,11 +1,12 @@
 """From Metal source to a unit that clang compiles: preprocess, then rewrite what only Metal has."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
 from . import declarations, expressions
+from .copies import declare_copies
 from .errors import KernelCompileError
 from .kernels import Program
 from .places import Place
@@ -92,13 +93,13 @@ def translate(source: Source, metal_version: tuple[int, int]) -> Unit:
         KernelCompileError: It cannot be preprocessed, or its brackets do not match.
     """
     before, _, after = _preprocess(source, metal_version).partition(f"{_END_OF_PREAMBLE}\n")
-    constants = tuple(source.function_constants)
-    preamble = _translate_preamble(before, metal_version, constants)
-    piece = _translate_piece(after, metal_version, constants, preamble.names)
-    piece.program.errors[:0] = preamble.program.errors
+    coherent = metal_version >= (3, 2)
+    preamble = _translate_preamble(before.rstrip("\n") + "\n", coherent, source.function_constants, frozenset())
+    piece = _translate_piece(after, coherent and "coherent" in after, source.function_constants, preamble.names)
     lines = preamble.text.count("\n")
     text = f'# {lines} "<stdin>"\nstruct {FIRST_USER_DECLARATION};\n{piece.text}'
-    return Unit(f'# 1 "<stdin>"\n{preamble.text}', text, preamble.places[:lines] + piece.places, piece.program)
+    program = replace(piece.program, errors=preamble.program.errors + piece.program.errors)
+    return Unit(f'# 1 "<stdin>"\n{preamble.text}', text, preamble.places[:lines] + piece.places, program)
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,15 @@ class _Piece:
 _Constants = tuple[tuple[str, str], ...]
 
 
-@lru_cache(maxsize=4)
-def _translate_preamble(text: str, metal_version: tuple[int, int], constants: _Constants) -> _Piece:
-    return _translate_piece(text.rstrip("\n") + "\n", metal_version, constants, frozenset())
-
-
-def _translate_piece(
-    text: str, metal_version: tuple[int, int], constants: _Constants, known: frozenset[str]
-) -> _Piece:
+def _translated(text: str, coherent: bool, constants: _Constants, known: frozenset[str]) -> _Piece:
+    """Rewrite preprocessed text: where ``coherent`` is a word of the language, it is dropped."""
     tokens = TokenList(text)
     program = Program()
     expressions.check_words(tokens, program)
-    if metal_version >= (3, 2):
+    if coherent:
         expressions.drop_coherent(tokens)
     mark_scopes(tokens)
+    declare_copies(tokens)
     declarations.collect_instantiations(tokens, program)
     tokens.compact()
     declarations.set_function_constants(tokens, program, dict(constants))
@@ -141,7 +137,6 @@ def _translate_piece(
     declarations.place_threadgroup_variables(tokens, program)
     tokens.compact()
     expressions.name_bool_vectors(tokens)
-    expressions.copy_from_constant(tokens)
     names = known | expressions.type_names(tokens)
     expressions.rewrite_casts(tokens, program, set(names))
     tokens.compact()
@@ -150,6 +145,10 @@ def _translate_piece(
     expressions.rewrite_braced_arguments(tokens)
     rendered, places = tokens.render()
     return _Piece(rendered, tuple(places), program, frozenset(names))
+
+
+_translate_preamble = lru_cache(maxsize=4)(_translated)
+_translate_piece = lru_cache(maxsize=4)(_translated)  # language versions mostly share it
 
 
 def _preprocess(source: Source, metal_version: tuple[int, int]) -> str:

@@ -108,6 +108,12 @@ MSL_MATH
 namespace fast { MSL_MATH }
 namespace precise { MSL_MATH }
 
+#define MSL_CLASS_OF_LANES(T, name)                                                                 \
+  template <int N> MSL_FN vec<char, N> name(vec<T, N> v) {                                          \
+    vec<char, N> r;                                                                                 \
+    for (int i = 0; i < N; i++) r[i] = name((T)v[i]);                                               \
+    return r;                                                                                       \
+  }
 #define MSL_CLASSES_FOR(T)                                                                          \
   MSL_FN bool isnan(T x) { float f = x; return f != f; }                                            \
   MSL_FN bool isinf(T x) { return __builtin_fabsf((float)x) == __builtin_inff(); }                  \
@@ -117,16 +123,10 @@ namespace precise { MSL_MATH }
     float f = __builtin_fabsf((float)x);                                                            \
     return f < __builtin_inff() && f >= (float)numeric_limits<T>::min();                            \
   }                                                                                                 \
-  template <int N> MSL_FN vec<char, N> isnan(vec<T, N> v) {                                         \
-    vec<char, N> r;                                                                                 \
-    for (int i = 0; i < N; i++) r[i] = isnan((T)v[i]);                                              \
-    return r;                                                                                       \
-  }                                                                                                 \
-  template <int N> MSL_FN vec<char, N> isinf(vec<T, N> v) {                                         \
-    vec<char, N> r;                                                                                 \
-    for (int i = 0; i < N; i++) r[i] = isinf((T)v[i]);                                              \
-    return r;                                                                                       \
-  }
+  MSL_CLASS_OF_LANES(T, isnan) MSL_CLASS_OF_LANES(T, isinf) MSL_CLASS_OF_LANES(T, isfinite)         \
+  MSL_CLASS_OF_LANES(T, isnormal) MSL_CLASS_OF_LANES(T, signbit)                                    \
+  MSL_FN bool isunordered(T a, T b) { return isnan(a) || isnan(b); }                                \
+  MSL_FN bool isordered(T a, T b) { return !isunordered(a, b); }
 MSL_CLASSES_FOR(float) MSL_CLASSES_FOR(half) MSL_CLASSES_FOR(bfloat)
 
 // U is the unsigned type of T.
@@ -141,11 +141,11 @@ MSL_CLASSES_FOR(float) MSL_CLASSES_FOR(half) MSL_CLASSES_FOR(bfloat)
   MSL_FN T hadd(T a, T b) { return (T)((a & b) + ((a ^ b) >> 1)); }                                  \
   MSL_FN T rhadd(T a, T b) { return (T)((a | b) - ((a ^ b) >> 1)); }                                 \
   MSL_FN U absdiff(T a, T b) { return a < b ? (U)b - (U)a : (U)a - (U)b; }                          \
-  MSL_FN T popcount(T x) { return (T)__builtin_popcountll((ulong)(U)x); }                           \
+  MSL_FN T popcount(T x) { return (T)__builtin_popcountl((ulong)(U)x); }                           \
   MSL_FN T clz(T x) {                                                                               \
-    return (U)x == 0 ? (T)(sizeof(T) * 8) : (T)(__builtin_clzll((ulong)(U)x) - (64 - (int)sizeof(T) * 8)); \
+    return (U)x == 0 ? (T)(sizeof(T) * 8) : (T)(__builtin_clzl((ulong)(U)x) - (64 - (int)sizeof(T) * 8)); \
   }                                                                                                 \
-  MSL_FN T ctz(T x) { return (U)x == 0 ? (T)(sizeof(T) * 8) : (T)__builtin_ctzll((ulong)(U)x); }    \
+  MSL_FN T ctz(T x) { return (U)x == 0 ? (T)(sizeof(T) * 8) : (T)__builtin_ctzl((ulong)(U)x); }    \
   MSL_FN T rotate(T x, T k) {                                                                       \
     uint s = (uint)k & (sizeof(T) * 8 - 1);                                                         \
     U u = (U)x;                                                                                     \
@@ -189,16 +189,6 @@ MSL_CLASSES_FOR(float) MSL_CLASSES_FOR(half) MSL_CLASSES_FOR(bfloat)
   MSL_WITH_SCALAR(S) MSL_FN vec<T, N> max(S a, vec<T, N> b) { return max((vec<T, N>)(T)a, b); }     \
   template <int N> MSL_FN vec<T, N> clamp(vec<T, N> x, MSL_SAME(T, N) low, MSL_SAME(T, N) high) { \
     return min(max(x, low), high);                                                                  \
-  }                                                                                                 \
-  template <int N> MSL_FN vec<T, N> abs(vec<T, N> a) {                                              \
-    vec<T, N> r;                                                                                    \
-    for (int i = 0; i < N; i++) r[i] = abs((T)a[i]);                                                \
-    return r;                                                                                       \
-  }                                                                                                 \
-  template <int N> MSL_FN vec<T, N> popcount(vec<T, N> a) {                                         \
-    vec<T, N> r;                                                                                    \
-    for (int i = 0; i < N; i++) r[i] = popcount((T)a[i]);                                           \
-    return r;                                                                                       \
   }
 MSL_INTEGER_FOR(char, uchar) MSL_INTEGER_FOR(uchar, uchar) MSL_INTEGER_FOR(short, ushort) MSL_INTEGER_FOR(ushort, ushort)
 MSL_INTEGER_FOR(int, uint) MSL_INTEGER_FOR(uint, uint) MSL_INTEGER_FOR(long, ulong) MSL_INTEGER_FOR(ulong, ulong)
@@ -220,6 +210,24 @@ MSL_FN int mul24(int a, int b) { return a * b; }
 MSL_FN uint mul24(uint a, uint b) { return a * b; }
 MSL_FN int mad24(int a, int b, int c) { return a * b + c; }
 MSL_FN uint mad24(uint a, uint b, uint c) { return a * b + c; }
+// The vectors of these: of integers only, and with shifts and counts that are one for all lanes.
+#define MSL_OF_INTEGERS template <class T, int N, enable_if_t<is_integral_v<T>, bool> = true> MSL_FN
+#define MSL_INTEGERS(result, name, parameters, arguments)      \
+  MSL_OF_INTEGERS vec<result, N> name parameters {             \
+    vec<result, N> r;                                          \
+    for (int i = 0; i < N; i++) r[i] = name arguments;         \
+    return r;                                                  \
+  }
+#define MSL_INTEGERS1(name) MSL_INTEGERS(T, name, (vec<T, N> a), ((T)a[i]))
+#define MSL_INTEGERS2(name) MSL_INTEGERS(T, name, (vec<T, N> a, vec<T, N> b), ((T)a[i], (T)b[i]))
+#define MSL_INTEGERS3(name) MSL_INTEGERS(T, name, (vec<T, N> a, vec<T, N> b, vec<T, N> c), ((T)a[i], (T)b[i], (T)c[i]))
+MSL_INTEGERS1(abs) MSL_INTEGERS1(popcount) MSL_INTEGERS1(clz) MSL_INTEGERS1(ctz) MSL_INTEGERS1(reverse_bits)
+MSL_INTEGERS2(rotate) MSL_INTEGERS2(mulhi) MSL_INTEGERS2(hadd) MSL_INTEGERS2(rhadd) MSL_INTEGERS2(addsat)
+MSL_INTEGERS2(subsat) MSL_INTEGERS2(mul24) MSL_INTEGERS3(madhi) MSL_INTEGERS3(madsat) MSL_INTEGERS3(mad24)
+MSL_INTEGERS3(min3) MSL_INTEGERS3(max3) MSL_INTEGERS3(median3)
+MSL_INTEGERS(make_unsigned_t<T>, absdiff, (vec<T, N> a, vec<T, N> b), ((T)a[i], (T)b[i]))
+MSL_INTEGERS(T, extract_bits, (vec<T, N> a, uint offset, uint bits), ((T)a[i], offset, bits))
+MSL_INTEGERS(T, insert_bits, (vec<T, N> a, vec<T, N> b, uint offset, uint bits), ((T)a[i], (T)b[i], offset, bits))
 
 template <class T, enable_if_t<!msl_shape<T>::is_vector, bool> = true> MSL_FN T select(T a, T b, bool c) { return c ? b : a; }
 template <class T, class C, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> c) {
@@ -252,7 +260,9 @@ template <class T, int N> MSL_FN T dot(vec<T, N> a, vec<T, N> b) {
 }
 template <class T, int N> MSL_FN T length_squared(vec<T, N> a) { return dot(a, a); }
 template <class T, int N> MSL_FN T length(vec<T, N> a) { return sqrt(dot(a, a)); }
+template <class T, int N> MSL_FN T distance_squared(vec<T, N> a, vec<T, N> b) { return length_squared(a - b); }
 template <class T, int N> MSL_FN T distance(vec<T, N> a, vec<T, N> b) { return length(a - b); }
 template <class T, int N> MSL_FN vec<T, N> normalize(vec<T, N> a) { return a * (vec<T, N>)rsqrt(dot(a, a)); }
+template <class T, int N> MSL_FN vec<T, N> reflect(vec<T, N> i, vec<T, N> n) { return i - n * (vec<T, N>)((T)2 * dot(n, i)); }
 template <class T> MSL_FN vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) { return a.yzx * b.zxy - a.zxy * b.yzx; }
 }  // namespace metal

@@ -6,7 +6,7 @@ namespace metal {
 template <class T, int C, int R> struct matrix {
   typedef vec<T, R> column;
   column columns_[C];
-  matrix() = default;
+  MSL_CONSTRUCTOR(matrix) MSL_COPIES(matrix) MSL_ASSIGNMENTS(matrix)
   MSL_FN explicit matrix(T diagonal) {
     for (int c = 0; c < C; c++)
       for (int r = 0; r < R; r++) columns_[c][r] = r == c ? diagonal : (T)0;

@@ -10,6 +10,13 @@
 // Without debug information, so that what happens inside is reported at the kernel's own line.
 #define MSL_FN inline __attribute__((always_inline, nodebug))
 
+// clang copies a struct out of constant memory only where the struct says so; it remains an aggregate.
+#define MSL_CONSTRUCTOR(S) S() = default;
+// The moves take braces: `s = {1, 2};`.
+#define MSL_COPIES(S) S(const S&) = default; S(S&&) = default; S(const constant S&) = default;
+#define MSL_ASSIGNMENTS(S) \
+  S& operator=(const S&) = default; S& operator=(S&&) = default; S& operator=(const constant S&) = default;
+
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
@@ -135,6 +142,7 @@ template <class T> struct make_scalar { typedef typename msl_shape<T>::element t
 template <class T> using make_scalar_t = typename make_scalar<T>::type;
 
 template <class T, ulong N> struct array {
+  MSL_CONSTRUCTOR(array) MSL_COPIES(array) MSL_ASSIGNMENTS(array)
   T element_[N];
   MSL_FN thread T& operator[](ulong i) thread { return element_[i]; }
   MSL_FN const thread T& operator[](ulong i) const thread { return element_[i]; }

@@ -26,11 +26,11 @@ constexpr constant bool msl_half_to_bfloat =
 
 // Vectors of bool are a class: clang has none. A comparison of vectors, whose lanes are 0 and -1, becomes one.
 template <int N> struct msl_bool_lanes;
-template <> struct msl_bool_lanes<2> { bool x, y; };
-template <> struct msl_bool_lanes<3> { bool x, y, z; };
-template <> struct msl_bool_lanes<4> { bool x, y, z, w; };
+template <> struct msl_bool_lanes<2> { MSL_CONSTRUCTOR(msl_bool_lanes) MSL_COPIES(msl_bool_lanes) MSL_ASSIGNMENTS(msl_bool_lanes) bool x, y; };
+template <> struct msl_bool_lanes<3> { MSL_CONSTRUCTOR(msl_bool_lanes) MSL_COPIES(msl_bool_lanes) MSL_ASSIGNMENTS(msl_bool_lanes) bool x, y, z; };
+template <> struct msl_bool_lanes<4> { MSL_CONSTRUCTOR(msl_bool_lanes) MSL_COPIES(msl_bool_lanes) MSL_ASSIGNMENTS(msl_bool_lanes) bool x, y, z, w; };
 template <int N> struct msl_bools : msl_bool_lanes<N> {
-  msl_bools() = default;
+  MSL_CONSTRUCTOR(msl_bools) MSL_COPIES(msl_bools) MSL_ASSIGNMENTS(msl_bools)
   MSL_FN msl_bools(bool b) { for (int i = 0; i < N; i++) (*this)[i] = b; }
   template <class... R, enable_if_t<sizeof...(R) == N - 2, bool> = true>
   MSL_FN msl_bools(bool a, bool b, R... rest) : msl_bool_lanes<N>{a, b, (bool)rest...} {}
@@ -114,36 +114,32 @@ template <class V, class... R> MSL_FN constexpr V msl_list(R... r) {
   return v;
 }
 
-// f({a, b}): the parameter's type decides.
+// f({a, b}): the parameter's type, a vector or an aggregate, decides.
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wc++11-narrowing"
+#define MSL_AGGREGATE(...) \
+  template <class T, enable_if_t<__is_class(T) || __is_union(T), bool> = true> MSL_FN operator T() const { return T{__VA_ARGS__}; }
 template <class A, class B> struct msl_braced2 {
   A a; B b;
   template <class T> MSL_FN operator vec<T, 2>() const { return msl_make<vec<T, 2>>(a, b); }
+  MSL_AGGREGATE(a, b)
 };
 template <class A, class B, class C> struct msl_braced3 {
   A a; B b; C c;
   template <class T> MSL_FN operator vec<T, 3>() const { return msl_make<vec<T, 3>>(a, b, c); }
+  MSL_AGGREGATE(a, b, c)
 };
 template <class A, class B, class C, class D> struct msl_braced4 {
   A a; B b; C c; D d;
   template <class T> MSL_FN operator vec<T, 4>() const { return msl_make<vec<T, 4>>(a, b, c, d); }
+  MSL_AGGREGATE(a, b, c, d)
 };
+#pragma clang diagnostic pop
 template <class A, class B> MSL_FN msl_braced2<A, B> msl_braced(A a, B b) { return {a, b}; }
 template <class A, class B, class C> MSL_FN msl_braced3<A, B, C> msl_braced(A a, B b, C c) { return {a, b, c}; }
 template <class A, class B, class C, class D> MSL_FN msl_braced4<A, B, C, D> msl_braced(A a, B b, C c, D d) {
   return {a, b, c, d};
 }
-
-// The value of an expression, also of a struct in constant memory, which clang copies byte by byte only.
-template <class T> union msl_bytes {
-  T value;
-  MSL_FN msl_bytes() {}
-};
-template <class T> MSL_FN T msl_value(const constant T& from) {
-  msl_bytes<T> to;
-  for (ulong i = 0; i < sizeof(T); i++) ((thread uchar*)&to)[i] = ((const constant uchar*)&from)[i];
-  return to.value;
-}
-template <class T> MSL_FN T msl_value(const T& from) { return from; }
 
 template <class T, class F> MSL_FN constexpr T as_type(F f) {
   static_assert(sizeof(T) == sizeof(F), "as_type between types of different sizes");
@@ -151,12 +147,12 @@ template <class T, class F> MSL_FN constexpr T as_type(F f) {
 }
 
 template <class T, int N> struct msl_packed_lanes;
-template <class T> struct msl_packed_lanes<T, 2> { T x, y; };
-template <class T> struct msl_packed_lanes<T, 3> { T x, y, z; };
-template <class T> struct msl_packed_lanes<T, 4> { T x, y, z, w; };
+template <class T> struct msl_packed_lanes<T, 2> { MSL_CONSTRUCTOR(msl_packed_lanes) MSL_COPIES(msl_packed_lanes) MSL_ASSIGNMENTS(msl_packed_lanes) T x, y; };
+template <class T> struct msl_packed_lanes<T, 3> { MSL_CONSTRUCTOR(msl_packed_lanes) MSL_COPIES(msl_packed_lanes) MSL_ASSIGNMENTS(msl_packed_lanes) T x, y, z; };
+template <class T> struct msl_packed_lanes<T, 4> { MSL_CONSTRUCTOR(msl_packed_lanes) MSL_COPIES(msl_packed_lanes) MSL_ASSIGNMENTS(msl_packed_lanes) T x, y, z, w; };
 template <class T, int N> struct msl_packed : msl_packed_lanes<T, N> {
   typedef vec<T, N> V;
-  msl_packed() = default;
+  MSL_CONSTRUCTOR(msl_packed) MSL_COPIES(msl_packed) MSL_ASSIGNMENTS(msl_packed)
   MSL_FN msl_packed(V v) { for (int i = 0; i < N; i++) (&this->x)[i] = v[i]; }
   template <class... R> MSL_FN msl_packed(T a, T b, R... rest) : msl_packed_lanes<T, N>{a, b, (T)rest...} {
     static_assert(sizeof...(R) == N - 2, "wrong number of components in vector constructor");
