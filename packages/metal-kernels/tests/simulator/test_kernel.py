@@ -200,7 +200,8 @@ LEGAL = {
     ),
     "integer_functions_of_vectors": (
         "uint2 v = clz(uint2(i + 1)) + ctz(uint2(8)) + extract_bits(uint2(i), 1u, 3u) "
-        "+ mulhi(uint2(1u << 31), uint2(4)) + rotate(uint2(1), uint2(3)) + reverse_bits(uint2(1u << 31)) + absdiff(uint2(1), uint2(4)); out[i] = v.y;",
+        "+ mulhi(uint2(1u << 31), uint2(4)) + rotate(uint2(1), uint2(3)) "
+        "+ reverse_bits(uint2(1u << 31)) + absdiff(uint2(1), uint2(4)); out[i] = v.y;",
         31 - np.floor(np.log2(X + 1)) + 3 + (X.astype(int) >> 1 & 7) + 2 + 8 + 1 + 3,
     ),
     "classes_of_lanes": (
