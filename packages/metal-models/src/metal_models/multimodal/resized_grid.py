@@ -11,7 +11,8 @@ Weigh = Callable[[np.ndarray], np.ndarray]
 
 def linear(distance: np.ndarray) -> np.ndarray:
     """Return the weight of a cell at some distances, in cells, between the two nearest."""
-    return np.maximum(1 - np.abs(distance), 0)
+    weight: np.ndarray = np.maximum(1 - np.abs(distance), 0)
+    return weight
 
 
 def cubic(distance: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ COMPATIBLE = frozenset({"gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe"})
 """``model_type`` of conditional-generation wrappers that ``auto`` serves as text where they have no towers here."""
 _TOWER_CONFIGS = ("vision_config", "audio_config", "vision_tower_config", "vit_config")
 _TOWER_TENSORS = ("vision", "visual", "vit", "audio", "siglip", "multi_modal_projector", "mm_projector")
-_NEED_TORCHVISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paddleocr_vl")
+_NEED_TORCHVISION = ("glm4v", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paddleocr_vl")
 """First letters of the ``model_type`` of wrappers whose code in vLLM imports torchvision, images or not."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
