@@ -117,6 +117,8 @@ def build(config: dict[str, Any]) -> nn.Module:
     make: Callable[[Any], nn.Module] = model_class
     try:
         model = make(args_class.from_dict(config))
+    except MetalModelsError:
+        raise
     except NotImplementedError as error:
         raise UnsupportedModelError(architecture, f"mlx-lm says {str(error).rstrip('.')!r}") from error
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:

@@ -26,9 +26,10 @@ class Attention(minimax_m3_vl.Attention):
 
     def __init__(self, args: TextArgs, layer_idx: int) -> None:
         super().__init__(args, layer_idx)
-        if self.is_sparse_attn and self.index_n_heads % self.num_key_value_heads:
+        heads = self.num_key_value_heads
+        if self.is_sparse_attn and self.index_n_heads % heads and heads % self.index_n_heads:
             raise MetalModelsError(
-                f"[load] expected a multiple of {self.num_key_value_heads} index heads, got {self.index_n_heads}. "
+                f"[load] expected a multiple or a divisor of {heads} index heads, got {self.index_n_heads}. "
                 "Check the model's config.json."
             )
 
@@ -99,24 +100,28 @@ class Attention(minimax_m3_vl.Attention):
     ) -> mx.array:
         """Attend every row to the keys of its picked blocks; each row is a batch entry of its own."""
         size, group = self.index_block_size, self.num_attention_heads // self.index_n_heads
+        shared = max(1, self.num_key_value_heads // self.index_n_heads)
         width = picked.shape[-1] * size
         outputs = []
-        for rows in sparse_rows.pieces(len(queries), width * self.head_dim):
+        for rows in sparse_rows.pieces(len(queries), width * shared * self.head_dim):
             heads = []
             for head in range(self.index_n_heads):
                 seen = (picked[rows, head, :, None] * size + mx.arange(size)).reshape(-1, width)
                 mask = (seen >= 0) & (seen <= positions[rows, None])
                 blocks, offsets = sparse_rows.slots(batch, rows, mx.where(mask, seen, 0), pages.shape[2])
-                kv_head = head * self.num_key_value_heads // self.index_n_heads
-                keys, values = (pages[blocks, half, offsets, kv_head][:, None] for half in (0, 1))
+                kv_heads = head * self.num_key_value_heads // self.index_n_heads + mx.arange(shared)
+                at = (blocks[..., None], offsets[..., None])
+                keys, values = (pages[at[0], half, at[1], kv_heads].swapaxes(1, 2) for half in (0, 1))
                 out = mx.fast.scaled_dot_product_attention(
-                    queries[rows, None, head * group : (head + 1) * group],
+                    queries[rows, head * group : (head + 1) * group].reshape(
+                        -1, shared, group // shared, self.head_dim
+                    ),
                     keys.astype(queries.dtype),
                     values.astype(queries.dtype),
                     scale=self.scale,
                     mask=mask[:, None, None],
                 )
-                heads.append(out[:, 0])
+                heads.append(out.reshape(-1, group, self.head_dim))
             outputs.append(mx.concatenate(heads, axis=1))
         return mx.concatenate(outputs)
 
