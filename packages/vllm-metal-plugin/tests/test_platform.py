@@ -126,6 +126,7 @@ def test_prefix_cache_from_the_environment(  # type: ignore[no-untyped-def]
     [
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "--tensor-parallel-size"),
         ({"enable_lora": True, "lora_target_modules": ["q_proj"]}, "--lora-target-modules"),
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
         ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "skip-layers"),
         ({"additional_config": {"kv_cache_dtype": {"key": "int5"}}}, "int5"),

@@ -141,6 +141,8 @@ def _lora(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
             f"expected no --lora-target-modules, got {', '.join(lora.target_modules)}. An adapter is applied to all "
             "modules that it is for; drop the option."
         )
+    if lora.enable_tower_connector_lora:
+        yield "expected no --enable-tower-connector-lora. Adapters reach the language model; drop the option."
 
 
 def _multimodal(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
