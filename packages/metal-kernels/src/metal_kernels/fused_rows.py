@@ -14,6 +14,7 @@ def add_rms_norm(
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
+    beside: Float[mx.array, "tokens hidden"] | None = None,
 ) -> tuple[Float[mx.array, "tokens hidden"], Float[mx.array, "tokens hidden"]]:
     """Add rows to a residual and normalise the sums to a root mean square of 1 (arXiv:1910.07467).
 
@@ -22,6 +23,7 @@ def add_rms_norm(
         residual: What it is added to.
         weight: Factor of each column.
         eps: Added to the mean square.
+        beside: Further rows to be added, without rounding the sums in between.
 
     Returns:
         The normalised sums times ``weight``, and the sums themselves, which are the next residual, in its dtype. Sums
@@ -33,9 +35,12 @@ def add_rms_norm(
     require_rows("add_rms_norm", "residual", residual, (rows.shape[0], rows.shape[-1]))
     require_rows("add_rms_norm", "weight", weight, rows.shape[-1:])
     dtypes = {rows.dtype, residual.dtype}
+    if beside is not None:
+        require_rows("add_rms_norm", "beside", beside, residual.shape)
+        dtypes.add(beside.dtype)
     if all(isinstance(kernels.row_kernels(target(), dtype, rows.shape[-1]), kernels.Accepted) for dtype in dtypes):
-        return kernels.add_rms_norm(rows, residual, weight, eps)
-    return reference.add_rms_norm(rows, residual, weight, eps)
+        return kernels.add_rms_norm(rows, residual, weight, eps, beside)
+    return reference.add_rms_norm(rows, residual, weight, eps, beside)
 
 
 def silu_and_mul(gate_up: Float[mx.array, "tokens twice_width"]) -> Float[mx.array, "tokens width"]:

@@ -40,6 +40,18 @@ def test_add_rms_norm_of_parts(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [(), (5,)], ids=str)
+def test_add_rms_norm_of_rows_beside(dtype, parts):
+    rng = np.random.default_rng(0)
+    arrays = rows(rng, 3, *parts, 132), rows(rng, 3, 132, dtype=dtype), rows(rng, 132, dtype=dtype)
+    beside = rows(rng, 3, 132, dtype=dtype)
+    found, expected = (where.add_rms_norm(*arrays, 1e-6, beside) for where in (kernels, reference))
+    for got, want in zip(found, expected, strict=True):
+        assert want.dtype == dtype
+        close(got, want)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (3, 264), (2, 2056)], ids=str)
 def test_silu_and_mul(shape, dtype):
     gate_up = rows(np.random.default_rng(0), *shape, dtype=dtype) * 4

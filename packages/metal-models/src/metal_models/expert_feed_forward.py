@@ -19,7 +19,7 @@ class ExpertFeedForward(FeedForward):
         module: The model's own, which computes steps of many rows.
         choose: From normed rows to each row's experts and their scores.
         chosen: How many experts that are.
-        shared: From rows to those with what all rows get beside their experts; None for nothing.
+        shared: From rows to what all of them get beside their experts; None for nothing.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ExpertFeedForward(FeedForward):
         module: Any,
         choose: Callable[[NormedRows], tuple[mx.array, mx.array]],
         chosen: int,
-        shared: Callable[[NormedRows], NormedRows] | None,
+        shared: Callable[[NormedRows], mx.array] | None,
     ) -> None:
         self._module = module
         self._choose = choose
@@ -59,9 +59,8 @@ class ExpertFeedForward(FeedForward):
         gate, up, down = self._weights
         ids, scores = self._choose(rows)
         mixed = expert_linear(expert_silu_and_mul(normed, gate, up, ids), down, ids, scores)
-        if self._shared is not None:
-            rows = self._shared(rows)
-        return rows.plus(mixed, None, norm)
+        beside = None if self._shared is None else self._shared(rows)
+        return rows.plus(mixed, None, norm, beside)
 
 
 def _known(layer: Any) -> bool:

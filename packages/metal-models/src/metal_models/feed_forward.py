@@ -24,6 +24,13 @@ class FeedForward(ABC):
     def __call__(self, rows: NormedRows) -> Float[mx.array, "tokens width"]:
         """Return what ``output`` takes."""
 
+    def added(self, rows: NormedRows) -> Float[mx.array, "tokens hidden"]:
+        """Return what this part adds to the residual."""
+        inner, linear = self(rows), self.output
+        if linear is None:
+            return inner
+        return linear.fused(inner) if linear.fuses(inner.dtype, inner.shape[0]) else linear(inner)
+
     def add_to(self, rows: NormedRows, norm: Any) -> NormedRows:
         """Return the rows after this part, seen through ``norm``."""
         return rows.plus(self(rows), self.output, norm)

@@ -59,7 +59,11 @@ class NormedRows:
         return NormedRows(self._residual + (rows if linear is None else linear(rows)), self._norm, normed)
 
     def plus(
-        self, rows: Float[mx.array, "tokens *parts width"], linear: JoinedLinear | None, norm: Any
+        self,
+        rows: Float[mx.array, "tokens *parts width"],
+        linear: JoinedLinear | None,
+        norm: Any,
+        beside: Float[mx.array, "tokens hidden"] | None = None,
     ) -> "NormedRows":
         """Return the rows after adding to the residual.
 
@@ -67,9 +71,10 @@ class NormedRows:
             rows: What is added, or what ``linear`` makes it from; or parts that are summed and added.
             linear: The layer's last projection, if it has one.
             norm: Through which the next layer sees the sum.
+            beside: Further rows that are added.
         """
-        if linear is not None and linear.fuses(rows.dtype, rows.shape[0]):
+        if beside is None and linear is not None and linear.fuses(rows.dtype, rows.shape[0]):
             return NormedRows(linear.fused(rows, residual=self._residual), norm)
         rows = rows if linear is None else linear(rows)
-        normed, residual = add_rms_norm(rows, self._residual, norm.weight, norm.eps)
+        normed, residual = add_rms_norm(rows, self._residual, norm.weight, norm.eps, beside)
         return NormedRows(residual, norm, normed)

@@ -1,5 +1,5 @@
-// Adds rows, each the sum of ADDENDS, to their residual and normalises the sums. A threadgroup per row; a thread holds
-// runs of four elements.
+// Adds rows, each the sum of ADDENDS and, if BESIDE, one more, to their residual and normalises the sums. A threadgroup
+// per row; a thread holds runs of four elements.
 constexpr int RUNS = (HIDDEN + 4 * THREADS - 1) / (4 * THREADS);
 THREADGROUP_ARRAY(float, squares, THREADS / 32);
 const long row = long(threadgroup_position_in_grid.x) * HIDDEN;
@@ -13,6 +13,10 @@ UNROLL for (int r = 0; r < RUNS; ++r) {
     load_f32<4>(rows_in + row * ADDENDS + at, sums[r]);
     UNROLL for (int a = 1; a < ADDENDS; ++a) {
       load_f32<4>(rows_in + row * ADDENDS + a * HIDDEN + at, added);
+      UNROLL for (int i = 0; i < 4; ++i) sums[r][i] += added[i];
+    }
+    if (BESIDE) {
+      load_f32<4>(beside_in + row + at, added);
       UNROLL for (int i = 0; i < 4; ++i) sums[r][i] += added[i];
     }
     load_f32<4>(residual_in + row + at, added);

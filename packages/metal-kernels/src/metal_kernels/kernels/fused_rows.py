@@ -9,7 +9,7 @@ _ELEMENTS = 4  # that a thread takes at once
 _MAX_THREADS = 256
 _ADD_RMS_NORM = PortableKernel(
     "add_rms_norm",
-    ("rows_in", "residual_in", "weight_in", "factors_in"),
+    ("rows_in", "beside_in", "residual_in", "weight_in", "factors_in"),
     ("normed_out", "sum_out"),
     "add_rms_norm.metal",
     contiguous=True,
@@ -22,18 +22,20 @@ def add_rms_norm(
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
+    beside: Float[mx.array, "tokens hidden"] | None = None,
 ) -> tuple[Float[mx.array, "tokens hidden"], Float[mx.array, "tokens hidden"]]:
     """Add and normalise rows; see :func:`metal_kernels.add_rms_norm`."""
     tokens, hidden = residual.shape
     threads = _threads(hidden)
     normed, added = _ADD_RMS_NORM(
-        [rows, residual, weight, constants(eps)],
+        [rows, residual if beside is None else beside, residual, weight, constants(eps)],
         [(residual.shape, residual.dtype)] * 2,
         threadgroups=(tokens, 1),
         threads=threads,
         template={
             "T": residual.dtype,
             "ADDENDS": rows.shape[1] if rows.ndim == 3 else 1,
+            "BESIDE": beside is not None,
             "HIDDEN": hidden,
             "THREADS": threads,
         },

@@ -11,10 +11,13 @@ def add_rms_norm(
     residual: Float[mx.array, "tokens hidden"],
     weight: Float[mx.array, "hidden"],
     eps: float,
+    beside: Float[mx.array, "tokens hidden"] | None = None,
 ) -> tuple[Float[mx.array, "tokens hidden"], Float[mx.array, "tokens hidden"]]:
     """Add and normalise rows; see :func:`metal_kernels.add_rms_norm`."""
     if rows.ndim == 3:
         rows = rows.astype(mx.float32).sum(axis=1)
+    if beside is not None:
+        rows = rows.astype(mx.float32) + beside
     added = (rows + residual).astype(residual.dtype)
     return mx.fast.rms_norm(added, weight, eps), added
 

@@ -80,9 +80,7 @@ def _feed_forward(module: Any) -> FeedForward:
     if shared is None:
         return ExpertFeedForward(module, _router(module.gate), chosen, None)
     dense = GatedFeedForward(shared.gate_proj, shared.up_proj, shared.down_proj)
-    return ExpertFeedForward(
-        module, _router(module.gate), chosen, lambda rows: rows.with_added(dense(rows), dense.output)
-    )
+    return ExpertFeedForward(module, _router(module.gate), chosen, dense.added)
 
 
 def _router(gate: Any) -> Callable[[NormedRows], tuple[mx.array, mx.array]]:

@@ -56,9 +56,9 @@ def _feed_forward(module: Any) -> FeedForward:
     def choose(rows: NormedRows) -> tuple[mx.array, mx.array]:
         return choose_experts(module.gate(rows.normed), module.top_k, normalised=module.norm_topk_prob)
 
-    def gated(rows: NormedRows) -> NormedRows:
+    def gated(rows: NormedRows) -> mx.array:
         weight: mx.array = mx.sigmoid(module.shared_expert_gate(rows.normed))
-        return rows.with_added(weight * dense.output(dense(rows)), None)
+        return weight * dense.added(rows)
 
     return ExpertFeedForward(module, choose, module.top_k, gated)
 
