@@ -114,12 +114,30 @@ def tests(session: nox.Session, dist: str) -> None:
     pytest(session, f"packages/{dist}/tests", check)
 
 
-@nox.session(python=PYTHON, default=False)
-def parity(session: nox.Session) -> None:
-    """Compare every architecture with mlx-lm's own generation, and run the other slow model tests; nightly."""
+def slow_tests(session: nox.Session, dist: str) -> None:
+    """Run the tests of a package that are left to the night."""
     apt_install(session, "g++", "g++")
-    install(session, "metal-models", "test", "demo", extras=TEST_EXTRAS["metal-models"])
-    session.run("pytest", "packages/metal-models/tests", "-q", "-m", "slow", *session.posargs, env=TEST_ENV)
+    install(session, dist, "test", "demo", extras=TEST_EXTRAS.get(dist))
+    spread = () if session.posargs else ("-n", "2")
+    session.run("pytest", f"packages/{dist}/tests", "-q", "-m", "slow", *spread, *session.posargs, env=TEST_ENV)
+
+
+@nox.session(python=PYTHON, default=False, tags=["nightly"])
+def parity(session: nox.Session) -> None:
+    """Compare every architecture with mlx-lm's own generation, and run the other slow model tests."""
+    slow_tests(session, "metal-models")
+
+
+@nox.session(python=PYTHON, default=False, tags=["nightly"])
+def combinations(session: nox.Session) -> None:
+    """Check and run, in the simulator, every combination of types and sizes that kernels are dispatched with."""
+    slow_tests(session, "metal-kernels")
+
+
+@nox.session(python=PYTHON, default=False, tags=["nightly"])
+def soak(session: nox.Session) -> None:
+    """Serve thousands of requests, and run the plugin's other slow tests."""
+    slow_tests(session, "vllm-metal-plugin")
 
 
 @nox.session(python=PYTHON)

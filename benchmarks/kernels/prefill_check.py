@@ -5,6 +5,7 @@ Run it on a machine with an NVIDIA GPU or on a Mac: ``python benchmarks/kernels/
 """
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -12,11 +13,12 @@ import metal_kernels  # isort: skip  before MLX: it sets MLX's limits
 import gpu_check
 import mlx.core as mx
 import numpy as np
-from gpu_check import batch_of, case, close, seconds
+from gpu_check import batch_of, case, close
 
 from metal_kernels import kernels, reference
 
 ROUTES = ("tiled", "gathered", "chosen", "own rows")
+TURNS = 12
 
 
 def route(name: str, head_size: int, dtype: mx.Dtype = mx.bfloat16) -> Callable[..., mx.array]:
@@ -48,6 +50,7 @@ def own_rows(batch: metal_kernels.RaggedBatch, cache: mx.array) -> dict[str, mx.
 
 
 def speed(prompts: list[int], contexts: list[int], q_heads: int, kv_heads: int, head_size: int) -> str:
+    """Time all routes, in turns, over rows as projections give them: compiled, then launched from Python."""
     batch, blocks = batch_of(contexts, 16, prompts)
     query = mx.random.normal((batch.num_tokens, q_heads, head_size)).astype(mx.bfloat16)
     cache = mx.random.normal((blocks, 2, 16, kv_heads, head_size)).astype(mx.bfloat16)
@@ -55,28 +58,60 @@ def speed(prompts: list[int], contexts: list[int], q_heads: int, kv_heads: int, 
     pairs = sum(p * (c - p) + p * (p + 1) / 2 for p, c in zip(prompts, contexts, strict=True))
     operations = 4 * pairs * q_heads * head_size
     links = max(1, min(20, int(1e13 / operations)))
-    lines = []
-
-    def measured(name: str, attend: Callable[[mx.array], mx.array], value: mx.array) -> None:
-        def chain(rows: mx.array) -> mx.array:
-            for _ in range(links):
-                rows = attend(rows)
-            return rows
-
-        taken = seconds(chain, value, links)
-        lines.append(f"{name} {taken * 1e3:.2f} ms, {operations / taken / 1e12:.0f} TFLOP/s")
-
+    routes: dict[str, Callable[[mx.array], mx.array]] = {}
     if len(prompts) == 1:
-        rows = mx.contiguous(query.swapaxes(0, 1)[None])
         keys, values = (mx.random.normal((1, kv_heads, contexts[0], head_size)).astype(mx.bfloat16) for _ in range(2))
-        mx.eval(rows, keys, values)
-        fused = partial(mx.fast.scaled_dot_product_attention, k=keys, v=values, scale=0.1, mask="causal")
-        measured("contiguous", fused, rows)
+        mx.eval(keys, values)
+        routes["contiguous"] = partial(contiguous, keys, values)
     for name in ROUTES:
         own = own_rows(batch, cache) if name == "own rows" else {}
         mx.eval(own)
-        measured(name, partial(route(name, head_size), kv_cache=cache, batch=batch, scale=0.1, **own), query)
+        routes[name] = partial(route(name, head_size), kv_cache=cache, batch=batch, scale=0.1, **own)
+    lines = []
+    for how in ("compiled", "from Python"):
+        chains = {name: partial(chain, attend, links) for name, attend in routes.items()}
+        if how == "compiled":
+            chains = {name: mx.compile(step) for name, step in chains.items()}
+        # The tiled kernel draws less power: what follows it would find a cooler, faster chip.
+        alone = {"tiled": chains.pop("tiled")}
+        taken = in_turns(chains, query, links) | in_turns(alone, query, links)
+        first = next(iter(taken.values()))
+        lines.append(
+            f"{how}: "
+            + ", ".join(
+                f"{name} {spent * 1e6:.1f} us ({operations / spent / 1e12:.0f} TFLOP/s, {first / spent:.3f})"
+                for name, spent in taken.items()
+            )
+        )
     return "; ".join(lines)
+
+
+def contiguous(keys: mx.array, values: mx.array, rows: mx.array) -> mx.array:
+    """Attend as mlx-lm does, from rows to rows over keys that lie together, head by head."""
+    queries = mx.expand_dims(rows, 0).swapaxes(1, 2)
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask="causal")
+    return out.squeeze(0).swapaxes(0, 1)
+
+
+def chain(attend: Callable[[mx.array], mx.array], links: int, rows: mx.array) -> mx.array:
+    for _ in range(links):
+        rows = attend(rows)
+    return rows
+
+
+def in_turns(chains: dict[str, Callable[[mx.array], mx.array]], rows: mx.array, links: int) -> dict[str, float]:
+    """Return each chain's time of a link: the median of turns that they take, forwards and backwards."""
+    times: dict[str, list[float]] = {name: [] for name in chains}
+    for turn in range(TURNS + 1):
+        for name, step in list(chains.items())[:: 1 if turn % 2 else -1]:
+            start, last = time.perf_counter(), rows
+            for _ in range(6):
+                last = step(last)
+                mx.async_eval(last)
+            mx.eval(last)
+            if turn:  # the first one compiles
+                times[name].append((time.perf_counter() - start) / (6 * links))
+    return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
 def main() -> int:
