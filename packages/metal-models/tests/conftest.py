@@ -259,6 +259,63 @@ def mlx_lm_tokens(model: PagedModel, prompt: Sequence[int], count: int) -> tuple
     return tokens, np.stack(rows)
 
 
+def decode_pool(model: PagedModel, block_size: int = BLOCK_SIZE) -> tuple[KVCachePool, list[CacheGroup]]:
+    """Return a pool with blocks for three requests in each of two groups, and its groups."""
+    specs = unify_page_sizes(model.kv_cache_specs(block_size), state_block_size=block_size)
+    by_kind: dict[Any, dict[str, KVCacheSpec]] = {}
+    for name, spec in specs.items():
+        by_kind.setdefault((type(spec), spec.block_size, getattr(spec, "window", None)), {})[name] = spec
+    groups = [CacheGroup(tuple(layers), tuple(layers.values())) for layers in by_kind.values()]
+    return KVCachePool(CacheLayout.from_groups(groups, 1 + 36 * len(groups))), groups
+
+
+def decode_metadata(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    groups: Sequence[CacheGroup],
+    requests: Sequence[int] = (0, 1, 2),
+) -> list[AttentionMetadata]:
+    """Give each request blocks of its own in every group, in an order of no meaning."""
+    starts = np.array([0, *itertools.accumulate(query_lens)], np.int32)
+    blocks = np.random.default_rng(1).permutation(36 * len(groups)).astype(np.int32) + 1
+    return [
+        AttentionMetadata.build(
+            starts, np.array(seq_lens), table[list(requests)], group.block_size, keeps_rows=group.keeps_rows
+        )
+        for table, group in zip(blocks.reshape(len(groups), 3, 12), groups, strict=True)
+    ]
+
+
+def check_decode(model: PagedModel, pool: KVCachePool, step: Any, steps: int = 9, tolerance: float = 2e-3) -> None:
+    """Decode after three prompts by ``step`` over ``pool`` and by the plain path over another one; compare all rows.
+
+    Contexts grow over the ends of blocks; in the last steps the second request has left.
+    """
+    plain_pool, groups = decode_pool(model)
+    prompts, seq_lens = [5, 1, 14], np.array([5, 1, 14])
+    ids = mx.array(np.random.default_rng(0).integers(1, model.vocab_size, sum(prompts)), mx.int32)
+    metadata = decode_metadata(prompts, seq_lens, groups)
+    assert not step.serves(metadata)
+    last = mx.array(np.cumsum(prompts) - 1)
+    tokens = []
+    for cache in (plain_pool, pool):
+        logits = model.compute_logits(model.forward(ids, metadata, cache)[last])
+        mx.eval(logits, cache.arrays())
+        tokens.append(mx.argmax(logits, axis=-1).astype(mx.int32))
+    requests = [0, 1, 2]
+    for index in range(steps):
+        if index == steps - 2:
+            requests, tokens = [0, 2], [ids[mx.array([0, 2])] for ids in tokens]
+        seq_lens += 1
+        metadata = decode_metadata([1] * len(requests), seq_lens[requests], groups, requests)
+        assert step.serves(metadata)
+        hidden = [model.forward(tokens[0], metadata, plain_pool), step(tokens[1], metadata)]
+        mx.eval(hidden, plain_pool.arrays(), pool.arrays())
+        np.testing.assert_allclose(*hidden, rtol=tolerance, atol=tolerance)
+        tokens = [mx.argmax(model.compute_logits(rows), axis=-1).astype(mx.int32) for rows in hidden]
+        assert tokens[0].tolist() == tokens[1].tolist()
+
+
 def prompts(vocab_size: int, lengths: Sequence[int] = (3, 13, 22)) -> list[list[int]]:
     source = random.Random(3)
     return [[source.randrange(1, vocab_size) for _ in range(length)] for length in lengths]
@@ -271,6 +328,9 @@ def lab() -> SimpleNamespace:
         ItemServer=ItemServer,
         Server=Server,
         block_size=BLOCK_SIZE,
+        check_decode=check_decode,
+        decode_metadata=decode_metadata,
+        decode_pool=decode_pool,
         mlx_lm_tokens=mlx_lm_tokens,
         prompts=prompts,
         read_config=read_config,

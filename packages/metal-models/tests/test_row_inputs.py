@@ -10,8 +10,8 @@ import pytest
 
 from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool
 from metal_models import MetalModelsError, PagedModel
-from metal_models.decode_program import decode_program
-from metal_models.decode_step import DecodeStep
+from metal_models.decode_families import decode_program
+from metal_models.program_step import bound_step
 from metal_models.row_inputs import RopeSections, RowEmbeddings, rope_sections
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
@@ -76,7 +76,7 @@ def test_fused_decode_turns_heads_by_the_positions_that_it_is_given(tiny: Callab
     pools = [KVCachePool(CacheLayout.from_groups([CacheGroup(tuple(specs), tuple(specs.values()))], 8)) for _ in "ab"]
     program = decode_program(model.module)
     assert program is not None
-    step = DecodeStep(program, [pools[1].layer(name) for name in specs], compiled=False)
+    step = bound_step(program, [pools[1].layer(name) for name in specs], compiled=False)
     tables = np.array([[1, 2], [3, 4]], np.int32)
     prompt = AttentionMetadata.build([0, 3, 5], [3, 2], tables, 4)
     for pool in pools:

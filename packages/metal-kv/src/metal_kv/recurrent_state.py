@@ -102,11 +102,20 @@ def write_states(
     block_ids: Int32[mx.array, "states"],
     spec: RecurrentStateSpec,
     states: Sequence[mx.array],
+    order_token: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Write states to the start of their pages; return the pages and an order token, as ``reshape_and_cache`` does."""
+    """Write states to the start of their pages; return the pages and an order token, as ``reshape_and_cache`` does.
+
+    Args:
+        pages: Of the layer, see :func:`movable_pages`.
+        block_ids: Blocks, different ones; a state whose block is negative goes nowhere.
+        spec: Of the layer.
+        states: For each array of a state ``[states, *shape]``.
+        order_token: Anything read from the pages before, where the states do not follow from it.
+    """
     if kernels.move_states(pages, spec.shapes, spec.dtypes):
         typed = [state.astype(dtype) for state, dtype in zip(states, spec.dtypes, strict=True)]
-        return kernels.scatter_states(pages, block_ids, typed)
+        return kernels.scatter_states(pages, block_ids, typed, order_token)
     if target() == "cpu" and not any(nbytes % pages.dtype.size for nbytes in spec.state_bytes):
         return _with_states(pages, np.asarray(block_ids).tolist(), spec, states), block_ids
     rows = spec.pack(states).view(pages.dtype).reshape(block_ids.size, 2, 1, -1)
@@ -134,6 +143,8 @@ def _with_states(
         end = start + nbytes // pages.dtype.size
         rows = mx.contiguous(state.astype(dtype).reshape(len(block_ids), -1)).view(pages.dtype)
         for index, block in enumerate(block_ids):
+            if block < 0:
+                continue
             flat[block : block + 1, start:end] = rows[index : index + 1]
         start = end
     return flat.reshape(pages.shape)

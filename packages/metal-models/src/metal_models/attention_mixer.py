@@ -7,15 +7,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float
 
-from metal_kernels import decode_attention, kernels, rope_and_cache, target
-from metal_kernels.decode_plan import MIN_RANGE
+from metal_kernels import decode_attention, kernels, rope_and_attend, rope_and_cache, target
 from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import AttentionSpec
-from metal_models.decode_program import Rotation
 from metal_models.joined_linear import JoinedLinear
 from metal_models.normed_rows import NormedRows
-from metal_models.planned_mixer import PlanKey, PlannedMixer
-from metal_models.token_mixer import Pages, StepRows, TokenMixer
+from metal_models.packed_plan import PlanPacker
+from metal_models.rotation import Rotation
+from metal_models.step_rows import Pages, StepRows
+from metal_models.token_mixer import BoundMixer, TokenMixer
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class AttentionMixer(TokenMixer):
         return BoundAttention(self, cache, Pages(cache, in_place=in_place))
 
 
-class BoundAttention(PlannedMixer):
+class BoundAttention(BoundMixer):
     """Attention over one layer's pages."""
 
     def __init__(self, mixer: AttentionMixer, cache: LayerCache, pages: Pages) -> None:
@@ -66,31 +66,39 @@ class BoundAttention(PlannedMixer):
         window = cache.spec.window if isinstance(cache.spec, AttentionSpec) else None
         decode = _variant(pages.array, mixer.q_heads)
         per_head = decode.variant.parts * decode.variant.simdgroups if isinstance(decode, kernels.Accepted) else 1
-        self.key = PlanKey(cache.group, window, shape[3] * per_head, shape[2], MIN_RANGE)
+        self.packer: PlanPacker = PlanPacker(cache.group, window, shape[3] * per_head, shape[2])
 
     def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
         """Rotate and write keys and values, attend."""
-        mixer, tokens = self._mixer, step.positions.size
-        slots, plan = self.slots_and_plan(step, tokens)
+        mixer = self._mixer
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
         qkv = rows.through(mixer.qkv)
-        norms: dict[str, Any] = {}
+        options: dict[str, Any] = {"traditional": mixer.rotation.traditional}
         if mixer.norms is not None:
             q_norm, k_norm = mixer.norms
-            norms = {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
-        traditional = mixer.rotation.traditional
-        query = self._pages.rewrite(
-            lambda pages: rope_and_cache(
-                qkv, cos_sin, pages, slots, traditional=traditional, gated=mixer.gated, **norms
-            )
+            options |= {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.eps}
+        attended = (
+            self._gated(qkv, cos_sin, step, options) if mixer.gated else self._plain(qkv, cos_sin, step, options)
         )
-        attended = decode_attention(query, self._pages.array, plan, scale=mixer.scale)
-        if mixer.gated:
-            gated = qkv[:, : 2 * attended.size // tokens].reshape(tokens, mixer.q_heads, 2, -1)
-            attended = attended * mx.sigmoid(gated[:, :, 1])
         if mixer.factor != 1.0:
             attended = attended * mixer.factor
-        return attended.reshape(tokens, -1)
+        return attended.reshape(attended.shape[0], -1)
+
+    def _plain(self, qkv: mx.array, cos_sin: mx.array, step: StepRows, options: dict[str, Any]) -> mx.array:
+        slots, plan = self.packer.slots_and_plan(step)
+        scale = self._mixer.scale
+        return self._pages.rewrite(
+            lambda pages: rope_and_attend(qkv, cos_sin, pages, slots, plan, scale=scale, **options)
+        )
+
+    def _gated(self, qkv: mx.array, cos_sin: mx.array, step: StepRows, options: dict[str, Any]) -> mx.array:
+        """Attend, then gate each query's result by what lies after it in ``qkv``."""
+        slots, plan = self.packer.slots_and_plan(step)
+        query = self._pages.rewrite(lambda pages: rope_and_cache(qkv, cos_sin, pages, slots, gated=True, **options))
+        attended = decode_attention(query, self._pages.array, plan, scale=self._mixer.scale)
+        tokens, q_heads, head_size = attended.shape
+        gates = qkv[:, : 2 * q_heads * head_size].reshape(tokens, q_heads, 2, head_size)
+        return attended * mx.sigmoid(gates[:, :, 1])
 
 
 def _variant(

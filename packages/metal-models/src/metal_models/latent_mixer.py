@@ -8,15 +8,15 @@ import mlx.nn as nn
 from jaxtyping import Float
 
 from metal_kernels import kernels, latent_decode, latent_rope_and_cache, target
-from metal_kernels.decode_plan import MIN_LATENT_RANGE
 from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import LatentSpec
-from metal_models.decode_program import Rotation
 from metal_models.head_linear import HeadLinear
 from metal_models.joined_linear import JoinedLinear
 from metal_models.normed_rows import NormedRows
-from metal_models.planned_mixer import PlanKey, PlannedMixer
-from metal_models.token_mixer import Pages, StepRows, TokenMixer
+from metal_models.packed_plan import PlanPacker
+from metal_models.rotation import Rotation
+from metal_models.step_rows import Pages, StepRows
+from metal_models.token_mixer import BoundMixer, TokenMixer
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class LatentMixer(TokenMixer):
         return BoundLatentAttention(self, cache, Pages(cache, in_place=in_place))
 
 
-class BoundLatentAttention(PlannedMixer):
+class BoundLatentAttention(BoundMixer):
     """Latent attention over one layer's pages."""
 
     def __init__(self, mixer: LatentMixer, cache: LayerCache, pages: Pages) -> None:
@@ -64,12 +64,12 @@ class BoundLatentAttention(PlannedMixer):
         per_range = 1
         if isinstance(decode, kernels.Accepted):
             per_range = -(-mixer.q_heads // decode.variant.heads) * decode.variant.simdgroups
-        self.key = PlanKey(cache.group, None, per_range, pages.array.shape[1], MIN_LATENT_RANGE)
+        self.packer: PlanPacker = PlanPacker(cache.group, None, per_range, pages.array.shape[1], latent=True)
 
     def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
         """Rotate and write the latents, attend with absorbed queries."""
         mixer, tokens = self._mixer, step.positions.size
-        slots, plan = self.slots_and_plan(step, tokens)
+        slots, plan = self.packer.slots_and_plan(step)
         cos_sin = step.once(mixer.rotation, lambda: mixer.rotation.cos_sin(step.positions))
         query, latent = mixer.project(rows)
 

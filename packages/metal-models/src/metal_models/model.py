@@ -13,14 +13,12 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec
 from metal_models.cache_view import Step
-from metal_models.decode_families import mixed_program
-from metal_models.decode_program import decode_program
-from metal_models.decode_step import DecodeStep, decode_step
+from metal_models.compiled_step import CompiledStep
+from metal_models.decode_families import decode_program
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
 from metal_models.lora import LoraLayers
-from metal_models.mixed_program import MixedProgram
-from metal_models.mixed_step import MixedStep, mixed_step
+from metal_models.program_step import program_step
 from metal_models.quantized_heads import speed_up_heads
 from metal_models.registry import architecture_of
 from metal_models.row_inputs import RowEmbeddings, RowInputs, rope_sections
@@ -74,11 +72,10 @@ class PagedModel:
         self.dtype = self._trace.dtype
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
         fused_decode = fused_decode and target() != "cpu"
-        self._program = decode_program(module) if fused_decode else None
-        self._mixed_program: MixedProgram | None = None
-        if fused_decode and self._program is None:
-            self._mixed_program = mixed_program(module, gdn_kernel=gdn_kernel, mla_kernel=mla_kernel)
-        self._decode_step: DecodeStep | MixedStep | None = None
+        self._program = None
+        if fused_decode:
+            self._program = decode_program(module, gdn_kernel=gdn_kernel, mla_kernel=mla_kernel)
+        self._decode_step: CompiledStep | None = None
         self.lora = LoraLayers(module, self.dtype)
         self._row_inputs = RowInputs(module, self.hidden_size, rope_sections(config))
         self._mla_kernel = mla_kernel
@@ -146,10 +143,7 @@ class PagedModel:
         """Make one view per cache of the model, over the layers of ``pool``."""
         self._step = Step(self._mla_kernel)
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
-        names = list(self._trace.layers)
-        self._decode_step = decode_step(self._program, [f"{name}.attn" for name in names], pool)
-        if self._decode_step is None:
-            self._decode_step = mixed_step(self._mixed_program, names, pool)
+        self._decode_step = program_step(self._program, list(self._trace.layers), pool)
         self._pool = pool
 
 

@@ -1,33 +1,21 @@
 """Gated delta nets and short convolutions, for steps of one row per request."""
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kernels import GatedDeltaRows, gated_delta_decode, kernels, short_conv_decode, target
-from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.layer_cache import LayerCache
-from metal_kv.recurrent_state import state_blocks
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.joined_linear import JoinedLinear
 from metal_models.joined_rows import JoinedRows
 from metal_models.normed_rows import NormedRows
-from metal_models.token_mixer import BoundMixer, Pages, StepRows, TokenMixer
-
-_MIN_SLOTS = 4  # two blocks each: MLX passes fewer than 8 numbers as constant memory
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What layers whose states lie in the same blocks have in common."""
-
-    group: int
-    block_size: int
+from metal_models.packed_states import StatePacker
+from metal_models.step_rows import Pages, StepRows
+from metal_models.token_mixer import BoundMixer, TokenMixer
 
 
 class RecurrentMixer(TokenMixer):
@@ -51,25 +39,15 @@ class RecurrentMixer(TokenMixer):
 class BoundRecurrence(BoundMixer):
     """A recurrence over one layer's states."""
 
-    key: _Key
-
     def __init__(self, mixer: RecurrentMixer, cache: LayerCache, pages: Pages) -> None:
         self._mixer = mixer
         self._pages = pages
         self.output = mixer.output
-        self.key = _Key(cache.group, cache.spec.block_size)
-
-    def pack(self, metadata: Sequence[AttentionMetadata], reqs: int) -> tuple[Hashable, Int32[np.ndarray, "elements"]]:
-        """Return no sizes; the blocks that states are read from, then those that they go to."""
-        batch = metadata[self.key.group].batch
-        blocks = state_blocks(batch, self.key.block_size)
-        packed = np.zeros((2, max(_MIN_SLOTS, reqs)), np.int32)
-        packed[0, : batch.num_reqs], packed[1, : batch.num_reqs] = blocks.before, blocks.after
-        return None, packed.reshape(-1)
+        self.packer = StatePacker(cache.group, cache.spec.block_size)
 
     def __call__(self, rows: NormedRows, step: StepRows) -> Float[mx.array, "tokens width"]:
         """Advance every request's state by a token."""
-        _, blocks = step.parts[self.key]
+        _, blocks = step.parts[self.packer]
         return self._pages.rewrite(lambda pages: self._mixer.advance(rows, pages, blocks))
 
 

@@ -1,7 +1,9 @@
 // Writes the arrays of recurrent states into their pages in place, as words: x counts states, y slices of them.
+// A state whose block is negative goes nowhere. order_in is only waited for.
 const int state = int(threadgroup_position_in_grid.x);
 const int first = int(threadgroup_position_in_grid.y) * THREADS + int(thread_position_in_threadgroup.x);
 if (state == 0 && first < 8) order_out[first] = 0;
+if (blocks_in[state] < 0) return;
 DEV(uint)* page = (DEV(uint)*)const_cast<DEV(T)*>(kv_cache_in) + long(blocks_in[state]) * PAGE_WORDS;
 #define COPY(ARRAY, START, WORDS) \
   { \

@@ -59,14 +59,21 @@ def scatter_states(
     kv_cache: Float[mx.array, "blocks 2 1 1 words"],
     block_ids: Int32[mx.array, "states"],
     states: Sequence[mx.array],
+    order_token: mx.array | None = None,
 ) -> tuple[Float[mx.array, "blocks 2 1 1 words"], mx.array]:
     """Write states into the pages ``block_ids`` in place; return the pages and an order token.
 
-    What lies in a page behind the state is left as it is.
+    What lies in a page behind the state is left as it is, and a state whose page is negative goes nowhere.
+
+    Args:
+        kv_cache: Pages.
+        block_ids: Pages to write, at least one.
+        states: The arrays, ``[states, *shape]`` each.
+        order_token: Of the last read, where the states do not follow from it.
     """
     words = [prod(state.shape[1:]) * state.dtype.size // 4 for state in states]
     (order_token,) = _scatter(len(words))(
-        [kv_cache, block_ids, *map(mx.contiguous, states)],
+        [kv_cache, block_ids, *map(mx.contiguous, states), order_input(order_token)],
         [((8,), mx.int32)],
         threadgroups=(block_ids.size, _slices(words)),
         threads=_THREADS,
@@ -101,7 +108,7 @@ def _gather(count: int) -> PortableKernel:
 
 @cache
 def _scatter(count: int) -> PortableKernel:
-    inputs = ("kv_cache_in", "blocks_in", *(f"state_{index}" for index in range(count)))
+    inputs = ("kv_cache_in", "blocks_in", *(f"state_{index}" for index in range(count)), "order_in")
     return PortableKernel(
         f"scatter_states_{count}", inputs, ("order_out",), "scatter_states.metal", f"#define COUNT {count}\n"
     )

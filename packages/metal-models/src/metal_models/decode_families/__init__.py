@@ -1,4 +1,4 @@
-"""Families of models that have a decode step of mixed layers: a file each, and a line in the table."""
+"""Families of models that have a decode program: a file each, and a line in the table."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,16 @@ from metal_models.decode_families import (
     falcon_h1,
     granitemoehybrid,
     lfm2,
+    llama,
     mamba2,
     nemotron_h,
     qwen3_next,
 )
+from metal_models.decode_program import DecodeProgram
 from metal_models.head_split import backbone_path
-from metal_models.mixed_program import MixedProgram
 
 # Model file of mlx-lm that the backbone is of -> what makes its layers, or says by None that a module is not as usual.
-_FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
+_FAMILIES: dict[str, Callable[[Any], DecodeProgram | None]] = {
     "deepseek_v2": deepseek_v2.program,
     "deepseek_v3": deepseek_v3.program,
     "falcon_h1": falcon_h1.program,
@@ -27,8 +28,11 @@ _FAMILIES: dict[str, Callable[[Any], MixedProgram | None]] = {
     "granitemoehybrid": granitemoehybrid.program,
     "lfm2": lfm2.program,
     "lfm2_moe": lfm2.program,
+    "llama": llama.program,
     "mamba2": mamba2.program,
     "nemotron_h": nemotron_h.program,
+    "qwen2": llama.program,
+    "qwen3": llama.program,
     "qwen3_5": qwen3_next.program,
     "qwen3_next": qwen3_next.program,
 }
@@ -38,7 +42,7 @@ _GATED_DELTA = {"qwen3_5", "qwen3_next"}
 _LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 
 
-def mixed_program(model: nn.Module, *, gdn_kernel: bool = True, mla_kernel: bool = True) -> MixedProgram | None:
+def decode_program(model: nn.Module, *, gdn_kernel: bool = True, mla_kernel: bool = True) -> DecodeProgram | None:
     """Return the decode program of ``model``; None if its family has none or a module is not as its family's are.
 
     Joins linear layers in place; the model computes as before.

@@ -7,12 +7,12 @@ import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear
 
 from metal_models.decode_families.deepseek_v3 import latent_program, layer_possible
-from metal_models.decode_program import Rotation
+from metal_models.decode_program import DecodeProgram
 from metal_models.head_linear import HeadLinear
-from metal_models.mixed_program import MixedProgram
+from metal_models.rotation import Rotation
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual.
 
     Keys' and values' parts of ``kv_b_proj`` are copied for each head, numbers where they are codes.

@@ -6,17 +6,17 @@ from typing import Any
 import mlx.core as mx
 
 from metal_kernels import choose_experts
-from metal_models.decode_program import Rotation, find_rotations
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.expert_feed_forward import ExpertFeedForward
 from metal_models.feed_forward import FeedForward, GatedFeedForward, ModuleFeedForward, feed_forward_possible
 from metal_models.head_linear import HeadLinear
 from metal_models.joined_linear import JoinedLinear
 from metal_models.latent_mixer import LatentMixer
-from metal_models.mixed_program import MixedLayer, MixedProgram
 from metal_models.normed_rows import NormedRows
+from metal_models.rotation import Rotation, find_rotations
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     rotations = find_rotations([layer.self_attn.rope for layer in backbone.layers])
     if rotations is None or not all(map(_possible, backbone.layers)):
@@ -29,7 +29,7 @@ def program(backbone: Any) -> MixedProgram | None:
 
 def latent_program(
     backbone: Any, rotations: Sequence[Rotation], heads: Sequence[tuple[HeadLinear, HeadLinear]]
-) -> MixedProgram:
+) -> DecodeProgram:
     """Return the program of a backbone with latent attention.
 
     Args:
@@ -51,8 +51,8 @@ def latent_program(
             output=JoinedLinear([attention.o_proj]),
         )
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        layers.append(MixedLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
-    return MixedProgram(backbone.embed_tokens, layers, backbone.norm)
+        layers.append(DecodeLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
+    return DecodeProgram(backbone.embed_tokens, layers, backbone.norm)
 
 
 def layer_possible(layer: Any) -> bool:

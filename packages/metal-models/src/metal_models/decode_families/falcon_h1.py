@@ -5,20 +5,20 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.attention_mixer import AttentionMixer
-from metal_models.decode_program import Rotation
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.feed_forward import GatedFeedForward, feed_forward_possible
 from metal_models.joined_linear import JoinedLinear
 from metal_models.mamba2_mixer import Mamba2Mixer
-from metal_models.mixed_program import MixedLayer, MixedProgram, rotations_of
+from metal_models.rotation import Rotation, rotations_of
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     rotations = rotations_of([layer.self_attn for layer in backbone.layers])
     if rotations is None or not all(map(_possible, backbone.layers)):
         return None
     layers = [
-        MixedLayer(
+        DecodeLayer(
             _attention(layer.self_attn, rotations[id(layer.self_attn)]),
             layer.input_layernorm,
             GatedFeedForward(layer.feed_forward.gate_proj, layer.feed_forward.up_proj, layer.feed_forward.down_proj),
@@ -27,7 +27,7 @@ def program(backbone: Any) -> MixedProgram | None:
         )
         for layer in backbone.layers
     ]
-    return MixedProgram(backbone.embed_tokens, layers, backbone.final_layernorm)
+    return DecodeProgram(backbone.embed_tokens, layers, backbone.final_layernorm)
 
 
 def _possible(layer: Any) -> bool:

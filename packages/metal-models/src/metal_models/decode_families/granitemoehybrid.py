@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.attention_mixer import AttentionMixer
-from metal_models.decode_program import Rotation
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.feed_forward import (
     FeedForward,
     GatedFeedForward,
@@ -15,11 +15,11 @@ from metal_models.feed_forward import (
 )
 from metal_models.joined_linear import JoinedLinear
 from metal_models.mamba2_mixer import Mamba2Mixer
-from metal_models.mixed_program import MixedLayer, MixedProgram, rotations_of, unrotated
+from metal_models.rotation import Rotation, rotations_of, unrotated
 from metal_models.token_mixer import TokenMixer
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     attention = [layer.self_attn for layer in backbone.layers if layer.layer_type == "attention"]
     rotations = rotations_of([module for module in attention if module.rope is not None])
@@ -35,8 +35,8 @@ def program(backbone: Any) -> MixedProgram | None:
         else:
             mixer = _mamba(layer.mamba, factor)
         feed_forward = ScaledFeedForward(_feed_forward(layer), factor)
-        layers.append(MixedLayer(mixer, layer.input_layernorm, feed_forward, layer.post_attention_layernorm))
-    return MixedProgram(lambda ids: backbone.embed_tokens(ids) * backbone.embedding_multiplier, layers, backbone.norm)
+        layers.append(DecodeLayer(mixer, layer.input_layernorm, feed_forward, layer.post_attention_layernorm))
+    return DecodeProgram(lambda ids: backbone.embed_tokens(ids) * backbone.embedding_multiplier, layers, backbone.norm)
 
 
 def _possible(layer: Any) -> bool:

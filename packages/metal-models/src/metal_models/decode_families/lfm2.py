@@ -3,18 +3,18 @@
 from typing import Any
 
 from metal_models.attention_mixer import AttentionMixer
-from metal_models.decode_program import Rotation
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.feed_forward import GatedFeedForward, ModuleFeedForward
 from metal_models.joined_linear import JoinedLinear
-from metal_models.mixed_program import MixedLayer, MixedProgram, rotations_of
 from metal_models.recurrent_mixer import ShortConvMixer
+from metal_models.rotation import Rotation, rotations_of
 from metal_models.token_mixer import TokenMixer
 
 # Names of the projections of a dense feed-forward part: gate, up, down.
 _DENSE = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     rotations = rotations_of([layer.self_attn for layer in backbone.layers if layer.is_attention_layer])
     if rotations is None or not all(map(_possible, backbone.layers)):
@@ -29,8 +29,8 @@ def program(backbone: Any) -> MixedProgram | None:
             mixer = ShortConvMixer(JoinedLinear([module.in_proj]), module.conv, JoinedLinear([module.out_proj]))
         dense = _dense(layer.feed_forward)
         feed_forward = GatedFeedForward(*dense) if dense else ModuleFeedForward(layer.feed_forward)
-        layers.append(MixedLayer(mixer, layer.operator_norm, feed_forward, layer.ffn_norm))
-    return MixedProgram(backbone.embed_tokens, layers, backbone.embedding_norm)
+        layers.append(DecodeLayer(mixer, layer.operator_norm, feed_forward, layer.ffn_norm))
+    return DecodeProgram(backbone.embed_tokens, layers, backbone.embedding_norm)
 
 
 def _dense(module: Any) -> list[Any]:

@@ -5,26 +5,27 @@ from typing import Any
 import mlx.core as mx
 
 from metal_models.attention_mixer import AttentionMixer
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.feed_forward import ModuleFeedForward
 from metal_models.joined_linear import JoinedLinear
 from metal_models.mamba2_mixer import Mamba2Mixer
-from metal_models.mixed_program import MixedLayer, MixedProgram, unrotated
+from metal_models.rotation import unrotated
 from metal_models.token_mixer import TokenMixer
 
 _MIXERS = _MAMBA, _ATTENTION = "M", "*"
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     if not all(_possible(block) for block in backbone.layers if block.block_type in _MIXERS):
         return None
     layers = [
-        MixedLayer(_mixer(block), block.norm)
+        DecodeLayer(_mixer(block), block.norm)
         if block.block_type in _MIXERS
-        else MixedLayer(None, block.norm, ModuleFeedForward(block.mixer))
+        else DecodeLayer(None, block.norm, ModuleFeedForward(block.mixer))
         for block in backbone.layers
     ]
-    return MixedProgram(backbone.embeddings, layers, backbone.norm_f)
+    return DecodeProgram(backbone.embeddings, layers, backbone.norm_f)
 
 
 def _possible(block: Any) -> bool:

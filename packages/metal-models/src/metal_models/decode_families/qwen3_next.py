@@ -6,18 +6,18 @@ import mlx.core as mx
 
 from metal_kernels import GatedDeltaRows, HeadPart, choose_experts
 from metal_models.attention_mixer import AttentionMixer
-from metal_models.decode_program import Rotation
+from metal_models.decode_program import DecodeLayer, DecodeProgram
 from metal_models.expert_feed_forward import ExpertFeedForward
 from metal_models.feed_forward import FeedForward, GatedFeedForward, ModuleFeedForward, feed_forward_possible
 from metal_models.joined_linear import JoinedLinear
 from metal_models.joined_rows import JoinedRows
-from metal_models.mixed_program import MixedLayer, MixedProgram, rotations_of
 from metal_models.normed_rows import NormedRows
 from metal_models.recurrent_mixer import GatedDeltaMixer
+from metal_models.rotation import Rotation, rotations_of
 from metal_models.token_mixer import TokenMixer
 
 
-def program(backbone: Any) -> MixedProgram | None:
+def program(backbone: Any) -> DecodeProgram | None:
     """Return the program of a backbone of this family; None if a module is not as usual."""
     rotations = rotations_of([layer.self_attn for layer in backbone.layers if not layer.is_linear])
     if rotations is None or not all(map(_possible, backbone.layers)):
@@ -30,8 +30,8 @@ def program(backbone: Any) -> MixedProgram | None:
         else:
             mixer = _attention(layer.self_attn, rotations[id(layer.self_attn)])
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        layers.append(MixedLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
-    return MixedProgram(backbone.embed_tokens, layers, backbone.norm)
+        layers.append(DecodeLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
+    return DecodeProgram(backbone.embed_tokens, layers, backbone.norm)
 
 
 def _possible(layer: Any) -> bool:

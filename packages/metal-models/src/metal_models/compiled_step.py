@@ -1,40 +1,45 @@
-"""Steps of one row per request for layers of several kinds: a compiled graph for each bucket of sizes."""
+"""Steps of one row per request: a compiled graph for each bucket of sizes."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
 
-from metal_kernels import target
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.layer_cache import LayerCache
-from metal_kv.pool import KVCachePool
 from metal_kv.spec import RecurrentStateSpec
-from metal_models.mixed_program import MixedProgram
 from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device
-from metal_models.token_mixer import BoundMixer, StepRows
+from metal_models.step_rows import Packer, StepRows
 
-_Sizes = tuple[int, tuple[tuple[Hashable, int], ...]]
-"""Padded requests; for each key of the mixers their sizes and how many numbers they packed."""
+_Sizes = tuple[int, tuple[tuple[Any, int], ...]]
+"""Padded requests; for each packer its sizes and how many numbers it packed."""
 
 
-class MixedStep:
-    """A program bound to the layers of a pool.
+class CompiledStep:
+    """What computes a step, bound to the layers of a pool.
 
     Args:
-        program: The model's layers.
-        caches: The pool's layers, in the order of the mixers.
+        rows: Takes ids, one for each row, and what the layers share; returns hidden rows, and has the layers' rows
+            and states written before these can be read.
+        packers: What the layers need of a step's metadata.
+        caches: The pool's layers.
         compiled: Whether steps are compiled and kernels write in place; else they run on any device, through the
             kernels' twins.
     """
 
-    def __init__(self, program: MixedProgram, caches: Sequence[LayerCache], *, compiled: bool) -> None:
-        self._program = program
-        mixers = [mixer for layer in program.layers for mixer in layer.caches("").values()]
-        self._mixers = [mixer.bind(cache, in_place=compiled) for mixer, cache in zip(mixers, caches, strict=True)]
-        self._packers: dict[Hashable, BoundMixer] = {mixer.key: mixer for mixer in reversed(self._mixers)}
+    def __init__(
+        self,
+        rows: Callable[[mx.array, StepRows], mx.array],
+        packers: Iterable[Packer],
+        caches: Sequence[LayerCache],
+        *,
+        compiled: bool,
+    ) -> None:
+        self._rows = rows
+        self._packers = list(dict.fromkeys(packers))
         self._states = [cache for cache in caches if isinstance(cache.spec, RecurrentStateSpec)]
         self._compiled = compiled
         self._memory = StepMemory()
@@ -70,14 +75,14 @@ class MixedStep:
         return hidden[:rows] if rows < sizes[0] else hidden
 
     def _packed(self, metadata: Sequence[AttentionMetadata]) -> tuple[_Sizes, Int32[np.ndarray, "elements"]]:
-        """Return positions, then what the mixers pack, as one array: it travels to the device at once."""
+        """Return positions, then what the packers pack, as one array: it travels to the device at once."""
         num_reqs = metadata[0].batch.num_reqs
         reqs = bucket(num_reqs)
         positions = np.zeros(max(MIN_ELEMENTS, reqs), np.int32)
         positions[:num_reqs] = metadata[0].places.host
         parts, sizes = [positions], []
-        for mixer in self._packers.values():
-            part_sizes, part = mixer.pack(metadata, reqs)
+        for packer in self._packers:
+            part_sizes, part = packer.pack(metadata, reqs)
             parts.append(part)
             sizes.append((part_sizes, part.size))
         return (reqs, tuple(sizes)), np.concatenate(parts)
@@ -87,10 +92,10 @@ class MixedStep:
         reqs, part_sizes = sizes
         packed = on_device(packed)
         at, parts = max(MIN_ELEMENTS, reqs), {}
-        for key, (own_sizes, elements) in zip(self._packers, part_sizes, strict=True):
-            parts[key] = (own_sizes, packed[at : at + elements])
+        for packer, (own_sizes, elements) in zip(self._packers, part_sizes, strict=True):
+            parts[packer] = (own_sizes, packed[at : at + elements])
             at += elements
-        return self._program(token_ids, self._mixers, StepRows(packed[:reqs], parts))
+        return self._rows(token_ids, StepRows(packed[:reqs], parts))
 
     def _after_states(self, token_ids: mx.array) -> mx.array:
         """Return the ids, to be read after states that other code wrote in place since the last step."""
@@ -107,22 +112,3 @@ class MixedStep:
         self._last = hidden.reshape(-1)[:words].view(mx.int32)
         for cache in self._states:
             cache.follow(self._last)
-
-
-def mixed_step(program: MixedProgram | None, names: Sequence[str], pool: KVCachePool) -> MixedStep | None:
-    """Bind ``program`` to the model's layers ``names`` in ``pool``; None where kernels do not do all of it.
-
-    Args:
-        program: The model's layers.
-        names: One for each layer that has caches; their names begin with it.
-        pool: The pool.
-    """
-    if program is None or target() == "cpu" or len(names) != program.num_caches:
-        return None
-    mixers = program.caches(names)
-    if not set(mixers) <= set(pool.layer_names):
-        return None
-    caches = {name: pool.layer(name) for name in mixers}
-    if not all(mixer.served(caches[name]) for name, mixer in mixers.items()):
-        return None
-    return MixedStep(program, list(caches.values()), compiled=True)
