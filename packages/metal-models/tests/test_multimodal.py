@@ -19,6 +19,7 @@ from metal_models.multimodal.mlx_vlm_models import build as build_vlm
 
 pytest.importorskip("mlx_vlm")
 torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
 NEW_TOKENS = 4
@@ -54,6 +55,20 @@ class Case:
     joined: set[str] = field(default_factory=lambda: {"pixel_values", "pixel_values_videos"})
     renamed: dict[str, str] = field(default_factory=dict)
     adjust: Callable[[dict[str, Any]], None] = lambda inputs: None
+    published: "Published | None" = None
+
+
+@dataclass
+class Published:
+    """How a family is published in a form that transformers does not read.
+
+    Attributes:
+        config: Returns the config of transformers' model for a published one.
+        tensors: Returns published tensors for those of transformers' model as it saves them.
+    """
+
+    config: Callable[[dict[str, Any]], dict[str, Any]]
+    tensors: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def text(length: int) -> Piece:
@@ -239,6 +254,91 @@ def unified_audio() -> Piece:
     return Piece(marks, "audio", [token == AUDIO for token in marks], data)
 
 
+def flat_image(crops: int, tokens: int) -> Callable[[int, int], Piece]:
+    """Return what makes crops between two marks, under the name that InternVL's own processor has for them."""
+    square = square_image(crops, tokens)
+
+    def make(rows: int, columns: int) -> Piece:
+        piece = square(rows, columns)
+        tokens = [START, *piece.tokens, END]
+        return Piece(
+            tokens, "image", [token == IMAGE for token in tokens], {"pixel_values_flat": piece.data["pixel_values"]}
+        )
+
+    return make
+
+
+def internvl_config(config: dict[str, Any]) -> dict[str, Any]:
+    vision = config["vision_config"]
+    sizes = {name: [vision[name]] * 2 for name in ("image_size", "patch_size")}
+    return {
+        "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": IMAGE,
+        "text_config": config["llm_config"], "downsample_ratio": config["downsample_ratio"],
+        "tie_word_embeddings": config["llm_config"]["tie_word_embeddings"],
+        "vision_config": vision | sizes | {"model_type": "internvl_vision", "attention_bias": vision["qkv_bias"]},
+    }  # fmt: skip
+
+
+def internvl_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "vision_tower.": "vision_model.", "encoder.layer.": "encoder.layers.", "cls_token": "class_embedding",
+        "patch_embeddings.projection": "patch_embedding", "position_embeddings": "position_embedding",
+        "attention.projection_layer": "attn.proj", "lambda_": "ls", "layernorm_before": "norm1",
+        "layernorm_after": "norm2", "multi_modal_projector.layer_norm": "mlp1.0",
+        "multi_modal_projector.linear_1": "mlp1.1", "multi_modal_projector.linear_2": "mlp1.3",
+    }  # fmt: skip
+    found = joined(tensors, [f"attention.{part}_proj" for part in "qkv"], "attn.qkv")
+    return {renamed(name, names): tensor for name, tensor in found.items()}
+
+
+def kimi_image(rows: int, columns: int) -> Piece:
+    pixels = RNG.standard_normal((rows * columns, 3, 4, 4)).astype(np.float32)
+    data = {"pixel_values": pixels, "image_grid_hws": np.array([rows, columns])}
+    return Piece([IMAGE] * (rows * columns // 4), "image", None, data)
+
+
+def add_frames(inputs: dict[str, Any]) -> None:
+    sizes = inputs.pop("image_grid_hws")
+    inputs["image_grid_thw"] = torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1)
+
+
+def kimi_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Kimi K2.5's tower is Kimi-VL's, with frames."""
+    vision = config["vision_config"]
+    side = {"pos_emb_height": vision["init_pos_emb_height"], "pos_emb_width": vision["init_pos_emb_width"]}
+    sizes = {name: size for name, size in vision.items() if name not in ("model_type", "init_pos_emb_height")}
+    return {
+        "architectures": ["Kimi_K25ForConditionalGeneration"], "model_type": "kimi_k25", "image_token_id": IMAGE,
+        "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
+        "text_config": config["text_config"], "tie_word_embeddings": False,
+        "projection_hidden_size": vision["hidden_size"], "vision_config": sizes | side,
+    }  # fmt: skip
+
+
+def kimi_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "model.mm_projector": "mm_projector", "mm_projector": "multi_modal_projector", ".proj.0.": ".linear_1.",
+        ".proj.2.": ".linear_2.",
+        "language_model.model.blocks": "language_model.model.layers",
+    }  # fmt: skip
+    return {renamed(name, names): tensor for name, tensor in tensors.items()}
+
+
+def joined(tensors: dict[str, Any], parts: Sequence[str], whole: str) -> dict[str, Any]:
+    """Return tensors in which some that lie side by side are one."""
+    found = dict(tensors)
+    for name in [name for name in tensors if parts[0] in name]:
+        own = [found.pop(name.replace(parts[0], part)) for part in parts]
+        found[name.replace(parts[0], whole)] = torch.cat(own)
+    return found
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
+
+
 CASES = {
     "cohere2_vision": Case(square_image(2, 8)),
     "glm4v": Case(qwen_image, glm_video),
@@ -252,6 +352,13 @@ CASES = {
     "llama4": Case(square_image(3, 12)),
     "granite_vision": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
     "internvl": Case(square_image(2, 8)),
+    "internvl_chat": Case(
+        flat_image(2, 8), joined={"pixel_values_flat"}, renamed={"pixel_values_flat": "pixel_values"},
+        published=Published(internvl_config, internvl_tensors),
+    ),
+    "kimi_vl": Case(
+        kimi_image, joined={"pixel_values"}, adjust=add_frames, published=Published(kimi_config, kimi_tensors)
+    ),
     "lfm2_vl": Case(lfm_image, joined={"pixel_values", "spatial_shapes"}, adjust=add_mask),
     "llava": Case(square_image(1, 16)),
     "llava_next": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
@@ -322,6 +429,10 @@ def _make(name: str, path: Path) -> Family:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = json.loads((CONFIGS / f"{name}.json").read_text())
+    published = CASES[name].published
+    if published is not None:
+        (path / "published.json").write_text(json.dumps(config))
+        config = published.config(config)
     reference = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config)).eval()
     if name == "paddleocr_vl":
         # transformers 5 stretches positions from corner to corner; vLLM, and transformers before, from edge to edge.
@@ -333,6 +444,11 @@ def _make(name: str, path: Path) -> Family:
             parameter.copy_(parameter + scaled if parameter.ndim < 2 else scaled)
         reference.get_output_embeddings().weight[TEXT_TOKENS:] = 0  # so that no mark is generated
     reference.save_pretrained(path)
+    if published is not None:
+        (path / "published.json").rename(path / "config.json")
+        tensors = published.tensors(safetensors.load_file(path / "model.safetensors"))
+        own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.save_file(own, path / "model.safetensors")
     config = read_config(path)
     assert has_towers(config)
     return Family(CASES[name], reference, load(path), load_towers(path, config), path)

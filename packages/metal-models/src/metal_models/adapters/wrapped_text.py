@@ -24,7 +24,7 @@ _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
 
 # How the names of an encoder's tensors begin, after "model.".
 _ENCODERS = (
-    "audio_tower.", "connector.", "image_newline", "mlp_AR.", "multi_modal_projector.", "vision_model.",
+    "audio_tower.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.", "vision_model.",
     "vision_tower.", "visual.",
 )  # fmt: skip
 
@@ -39,11 +39,11 @@ class ModelArgs(BaseModelArgs):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
         """Return the arguments, with all values of a text_config that says only what is special."""
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
         text = dict(params.get("text_config") or params.get("llm_config") or params)
         kind = text.get("model_type", "llama")
-        if not kind.startswith("paddleocr"):  # whose own defaults are those of the whole
+        if kind in CONFIG_MAPPING and not kind.startswith("paddleocr"):  # whose own defaults are those of the whole
             defaults = AutoConfig.for_model(kind).to_dict()
             text = {name: value for name, value in defaults.items() if value is not None} | text
         text = _SAME.get(kind, {}) | text | {"model_type": _SAME.get(kind, text).get("model_type", kind)}
@@ -51,7 +51,7 @@ class ModelArgs(BaseModelArgs):
         if text.get("use_bias"):
             text["attention_bias"] = text["mlp_bias"] = True
         text |= {name: text[theirs] for name, theirs in _RENAMED.items() if name not in text and theirs in text}
-        if "tie_word_embeddings" in params:
+        if "tie_word_embeddings" in params and "llm_config" not in params:
             text["tie_word_embeddings"] = params["tie_word_embeddings"]
         return cls(params["model_type"], text)
 

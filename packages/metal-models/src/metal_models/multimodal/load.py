@@ -26,6 +26,8 @@ FAMILIES = {
     "glm_ocr": "glm_ocr",
     "idefics3": "idefics3",
     "internvl": "internvl",
+    "internvl_chat": "internvl_chat",
+    "kimi_vl": "kimi_vl",
     "lfm2_vl": "lfm2_vl",
     "llama4": "llama4",
     "llava": "llava",

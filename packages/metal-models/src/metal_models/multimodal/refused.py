@@ -3,6 +3,7 @@
 _NOT_IN_VLLM = "vLLM has no model of its kind, so nothing makes its inputs"
 _NOT_COMPARED = "it has not been compared with the model's own code"
 _NOT_IN_MLX_LM = "mlx-lm has no language model of its kind"
+_ONE_KIND = "vLLM hands over its images and frames as pieces of one kind, which is not known here"
 _NO_TEXT = "it generates no text from what it has been told"
 
 REFUSED: dict[str, str] = {
@@ -29,11 +30,9 @@ REFUSED: dict[str, str] = {
     "idefics2": _NOT_IN_VLLM,
     "indic_ocr": _NOT_IN_VLLM,
     "inkling": _NOT_IN_VLLM,
-    "internvl_chat": f"{_NOT_COMPARED}; checkpoints in transformers' form (internvl) are served",
     "jina_vlm": _NOT_IN_VLLM,
-    "kimi_k25": _NOT_COMPARED,
-    "kimi_k3": _NOT_COMPARED,
-    "kimi_vl": _NOT_COMPARED,
+    "kimi_k25": _ONE_KIND,
+    "kimi_k3": _ONE_KIND,
     "llama_nemotron_vl_embedding": _NO_TEXT,
     "llava_bunny": _NOT_IN_VLLM,
     "llmjpvl": _NOT_IN_VLLM,
