@@ -38,6 +38,7 @@ from metal_kernels.reshape_and_cache import reshape_and_cache
 from metal_kernels.rope_and_attend import rope_and_attend
 from metal_kernels.rope_and_cache import rope_and_cache
 from metal_kernels.row_format import ElementFormat, RowFormat
+from metal_kernels.sampling import adjust_logits, pack_sampling_rules, sample_rows, serves_sampling
 from metal_kernels.stacked_weights import StackedWeights
 from metal_kernels.write_and_attend import write_and_attend
 
@@ -92,6 +93,11 @@ __all__ = [
     "head_linear",
     "LinearWeights",
     "StackedWeights",
+    # from logits to tokens
+    "adjust_logits",
+    "sample_rows",
+    "pack_sampling_rules",
+    "serves_sampling",
     # where it runs
     "target",
     "keep_with_host",

@@ -21,6 +21,7 @@ from metal_kernels.kernels.dispatch import (
     PrefillWork,
     QuantizedVariant,
     Rejected,
+    SampleVariant,
     decode_kernel,
     expert_kernel,
     expert_matrix_kernel,
@@ -37,6 +38,7 @@ from metal_kernels.kernels.dispatch import (
     rope_decode_kernel,
     routing_kernel,
     row_kernels,
+    sample_kernel,
     short_conv_kernel,
     write_decode_kernel,
 )
@@ -58,6 +60,7 @@ from metal_kernels.kernels.quantized_decode import quantized_decode
 from metal_kernels.kernels.quantized_step import quantized_paged_attention
 from metal_kernels.kernels.recurrent_decode import gated_delta_decode, short_conv_decode
 from metal_kernels.kernels.rope_and_cache import rope_and_cache
+from metal_kernels.kernels.sampling import adjust_logits, sample_rows
 from metal_kernels.kernels.self_test import move_pages, writes_in_place
 from metal_kernels.kernels.states import gather_states, move_states, scatter_states
 from metal_kernels.kernels.step import paged_attention
@@ -77,7 +80,9 @@ __all__ = [
     "PrefillWork",
     "QuantizedVariant",
     "Rejected",
+    "SampleVariant",
     "add_rms_norm",
+    "adjust_logits",
     "choose_experts",
     "copy_blocks",
     "decode_kernel",
@@ -123,6 +128,8 @@ __all__ = [
     "rope_decode_kernel",
     "routing_kernel",
     "row_kernels",
+    "sample_kernel",
+    "sample_rows",
     "short_conv_decode",
     "short_conv_kernel",
     "silu_and_mul",

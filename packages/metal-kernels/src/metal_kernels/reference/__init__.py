@@ -23,9 +23,11 @@ from metal_kernels.reference.quantized import (
     quantized_reshape_and_cache,
 )
 from metal_kernels.reference.recurrent import gated_delta_decode, mamba2_decode, short_conv_decode
+from metal_kernels.reference.sampling import adjust_logits, sample_rows
 
 __all__ = [
     "add_rms_norm",
+    "adjust_logits",
     "choose_experts",
     "concat_and_cache_mla",
     "copy_blocks",
@@ -46,6 +48,7 @@ __all__ = [
     "quantized_reshape_and_cache",
     "reshape_and_cache",
     "rope_and_cache",
+    "sample_rows",
     "short_conv_decode",
     "silu_and_mul",
 ]

@@ -37,6 +37,7 @@ from metal_kernels.kernels.dispatch.recurrent import (
     short_conv_kernel,
 )
 from metal_kernels.kernels.dispatch.rows import PageKernels, RowKernels, page_kernels, row_kernels
+from metal_kernels.kernels.dispatch.sampling import SampleVariant, sample_kernel
 from metal_kernels.kernels.dispatch.verdict import BLOCK_SIZES, FLOAT_DTYPES, HEAD_SIZES, Accepted, Rejected
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "QuantizedVariant",
     "Rejected",
     "RowKernels",
+    "SampleVariant",
     "decode_kernel",
     "decode_variant",
     "expert_kernel",
@@ -77,6 +79,7 @@ __all__ = [
     "rope_decode_kernel",
     "routing_kernel",
     "row_kernels",
+    "sample_kernel",
     "short_conv_kernel",
     "write_decode_kernel",
 ]
