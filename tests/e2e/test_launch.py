@@ -137,3 +137,12 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., t
 def test_model_that_cannot_be_served_ends_with_one_message(make, launch, smollm2: Path, tmp_path: Path) -> None:
     model, named = make(tmp_path, smollm2)
     assert_one_message(*launch("serve", str(model), *SMALL), named)
+
+
+def test_too_little_memory_ends_with_what_would_fit(launch, smollm2: Path) -> None:
+    code, output = launch("serve", str(smollm2), "--max-model-len", "8192", "--kv-cache-memory-bytes", "100000000")
+    assert code == 1
+    assert "Traceback" not in output, output[-3000:]
+    last = output.splitlines()[-1]
+    assert last.startswith("error: To serve at least one request")
+    assert "estimated maximum model length is" in last

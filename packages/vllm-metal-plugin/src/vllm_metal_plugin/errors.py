@@ -5,6 +5,7 @@
     ├── UnsupportedConfigError     vLLM was asked for something that this plugin does not do
     ├── ModelFilesError            the model's files are missing, damaged or of an unknown architecture
     ├── MultimodalError            an image, video or sound of a request cannot be computed
+    ├── EngineStartError           the engine's process ended before it was ready
     └── UnsupportedRequestError    one request asks for something unsupported (request_checks.py: it needs vLLM)
 
 None of the others is a ``ValueError``: pydantic would wrap one raised while vLLM builds its configuration into a
@@ -30,3 +31,7 @@ class ModelFilesError(VllmMetalPluginError):
 
 class MultimodalError(VllmMetalPluginError):
     """An image, video or sound of a request cannot be computed."""
+
+
+class EngineStartError(VllmMetalPluginError, RuntimeError):
+    """The engine's process ended before it was ready; the text is its reason."""

@@ -1,6 +1,7 @@
 """What happens to vLLM's engine arguments before a configuration is built from them."""
 
 import sys
+import traceback
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +10,9 @@ from vllm_metal_plugin.errors import UnsupportedConfigError, VllmMetalPluginErro
 
 _installed = False
 _prints_own_errors = False
+_REFUSED = "[config] vLLM refuses these options:"
+_OPTION_CHECKS = {"validate_parsed_serve_args", "validate_api_server_args", "get_reasoning_parser"}
+"""Functions of vLLM that raise for options of its command line."""
 
 
 def install() -> None:
@@ -36,14 +40,22 @@ def install() -> None:
         try:
             return create_engine_config(self, *args, **kwargs)
         except ValidationError as error:
-            reasons = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-            raise UnsupportedConfigError(f"[config] vLLM refuses these options: {reasons}") from error
+            reasons = dict.fromkeys(_reason(fault) for fault in error.errors())
+            raise UnsupportedConfigError(f"{_REFUSED} {'; '.join(reasons)}") from error
 
     def batch_defaults(cls: Any, world_size: int) -> tuple[dict[Any, int], dict[Any, int]]:
         return smaller_batch_defaults(*get_batch_defaults(cls, world_size))
 
     EngineArgs.create_engine_config = create
     EngineArgs.get_batch_defaults = classmethod(batch_defaults)
+
+
+def _reason(fault: Any) -> str:
+    """One fault that pydantic found; where vLLM checks a value itself, its text names the option."""
+    text: str = fault["msg"]
+    if text.startswith("Value error, ") or not fault["loc"]:
+        return text.removeprefix("Value error, ")
+    return f"{fault['loc'][0]}: {text}, got {fault['input']!r}"
 
 
 def prepare(engine_args: Any) -> None:
@@ -108,8 +120,20 @@ def smaller_batch_defaults(tokens: dict[Any, int], seqs: dict[Any, int]) -> tupl
     )
 
 
+def message_for_users(error: BaseException, trace: TracebackType | None) -> str | None:
+    """The sentence that ends a launch; None where only a traceback says what went wrong."""
+    if isinstance(error, VllmMetalPluginError):
+        return str(error)
+    places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)}
+    if "create_server_socket" in places:
+        return f"[server] expected an address that is free, got: {error}. Choose another --port or --host."
+    if places & _OPTION_CHECKS:
+        return f"{_REFUSED} {error.args[0] if error.args else error}"
+    return None
+
+
 def print_own_errors() -> None:
-    """Let an uncaught error of this package end the process with its message alone; safe to repeat."""
+    """Let an error that is meant for users end the process with its message alone; safe to repeat."""
     global _prints_own_errors
     if _prints_own_errors:
         return
@@ -117,9 +141,10 @@ def print_own_errors() -> None:
     hook = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, VllmMetalPluginError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        message = message_for_users(error, trace)
+        if message is None:
             hook(kind, error, trace)
+        else:
+            print(f"error: {message}", file=sys.stderr)
 
     sys.excepthook = excepthook

@@ -13,12 +13,14 @@ def install_in_front_end() -> None:
     """Install the workarounds that only the process that takes requests needs; safe to repeat."""
     from vllm_metal_plugin.upstream_fixes import (
         adapter_errors,
+        failed_starts,
         failed_steps,
         model_inspection,
         roberta_position_kind,
     )  # fmt: skip
 
     adapter_errors.install()
+    failed_starts.install()
     failed_steps.install_in_front_end()
     model_inspection.install()
     roberta_position_kind.install()
