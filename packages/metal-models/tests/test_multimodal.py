@@ -63,12 +63,16 @@ class Published:
     """How a family is published in a form that transformers does not read.
 
     Attributes:
-        config: Returns the config of transformers' model for a published one.
-        tensors: Returns published tensors for those of transformers' model as it saves them.
+        model: Returns transformers' model for a published config.
+        tensors: Returns published tensors for those of that model as it saves them.
     """
 
-    config: Callable[[dict[str, Any]], dict[str, Any]]
+    model: Callable[[dict[str, Any]], Any]
     tensors: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def transformers_model(config: dict[str, Any]) -> Any:
+    return getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config))
 
 
 def text(length: int) -> Piece:
@@ -268,15 +272,16 @@ def flat_image(crops: int, tokens: int) -> Callable[[int, int], Piece]:
     return make
 
 
-def internvl_config(config: dict[str, Any]) -> dict[str, Any]:
+def internvl_model(config: dict[str, Any]) -> Any:
     vision = config["vision_config"]
     sizes = {name: [vision[name]] * 2 for name in ("image_size", "patch_size")}
-    return {
+    made = {
         "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl", "image_token_id": IMAGE,
         "text_config": config["llm_config"], "downsample_ratio": config["downsample_ratio"],
         "tie_word_embeddings": config["llm_config"]["tie_word_embeddings"],
         "vision_config": vision | sizes | {"model_type": "internvl_vision", "attention_bias": vision["qkv_bias"]},
     }  # fmt: skip
+    return transformers_model(made)
 
 
 def internvl_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -302,17 +307,18 @@ def add_frames(inputs: dict[str, Any]) -> None:
     inputs["image_grid_thw"] = torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1)
 
 
-def kimi_config(config: dict[str, Any]) -> dict[str, Any]:
+def kimi_model(config: dict[str, Any]) -> Any:
     """Kimi K2.5's tower is Kimi-VL's, with frames."""
     vision = config["vision_config"]
     side = {"pos_emb_height": vision["init_pos_emb_height"], "pos_emb_width": vision["init_pos_emb_width"]}
     sizes = {name: size for name, size in vision.items() if name not in ("model_type", "init_pos_emb_height")}
-    return {
+    made = {
         "architectures": ["Kimi_K25ForConditionalGeneration"], "model_type": "kimi_k25", "image_token_id": IMAGE,
         "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
         "text_config": config["text_config"], "tie_word_embeddings": False,
         "projection_hidden_size": vision["hidden_size"], "vision_config": sizes | side,
     }  # fmt: skip
+    return transformers_model(made)
 
 
 def kimi_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -324,10 +330,145 @@ def kimi_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
     return {renamed(name, names): tensor for name, tensor in tensors.items()}
 
 
-def joined(tensors: dict[str, Any], parts: Sequence[str], whole: str) -> dict[str, Any]:
+def ocr_image(rows: int, columns: int) -> Piece:
+    """A whole page, and two crops of it where it is large."""
+    across, down = (2, 1) if rows > 4 else (1, 1)
+    data = {
+        "pixel_values": RNG.standard_normal((3, 256, 256)).astype(np.float32),
+        "images_crop": RNG.standard_normal((across * down if rows > 4 else 0, 3, 128, 128)).astype(np.float32),
+        "images_spatial_crop": np.array([across, down]),
+    }
+    return Piece([IMAGE] * (4 * 5 + 1 + (2 * 5 if rows > 4 else 0)), "image", None, data)
+
+
+def name_crops(inputs: dict[str, Any]) -> None:
+    inputs["pixel_values_local"], inputs["num_local_patches"] = (
+        inputs.pop(name) for name in ("images_crop", "images_spatial_crop")
+    )
+
+
+def ocr_model(config: dict[str, Any]) -> Any:
+    """DeepSeek-OCR 2 with CLIP behind SAM, and ends of lines, in place of what it has behind SAM."""
+    from transformers.models.clip.modeling_clip import CLIPEncoder
+
+    vision, text = config["vision_config"], config["language_config"]
+    sam, clip = vision["width"]["sam_vit_b"], vision["width"]["clip-l-14-224"]
+    layers = [*["dense"] * text["first_k_dense_replace"], *["sparse"] * text["num_hidden_layers"]]
+    made = transformers.DeepseekOcr2Config(
+        text_config=text | {"mlp_layer_types": layers[: text["num_hidden_layers"]]}, image_token_id=IMAGE,
+        vision_config={
+            "sam_config": sam | {
+                "hidden_size": sam["width"], "num_hidden_layers": sam["layers"], "num_attention_heads": sam["heads"],
+                "image_size": vision["image_size"],
+            },
+            "encoder_config": {"hidden_size": clip["width"], "num_hidden_layers": 0, "num_attention_heads": 2},
+        },
+    )  # fmt: skip
+
+    class Reference(transformers.DeepseekOcr2ForConditionalGeneration):
+        def __init__(self) -> None:
+            super().__init__(made)
+            width, side = clip["width"], clip["image_size"] // clip["patch_size"]
+            sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": clip["heads"]}
+            sizes |= {"num_hidden_layers": clip["layers"], "attn_implementation": "eager"}
+            settings = transformers.CLIPVisionConfig(**sizes)
+            self.clip = torch.nn.Module()
+            self.clip.transformer = CLIPEncoder(settings)
+            self.clip.pre_layrnorm = torch.nn.LayerNorm(width)
+            self.clip.embeddings = torch.nn.Module()
+            self.clip.embeddings.class_embedding = torch.nn.Parameter(torch.zeros(width))
+            self.clip.embeddings.position_embedding = torch.nn.Embedding(side**2 + 1, width)
+            patches = torch.nn.Conv2d(3, width, clip["patch_size"], clip["patch_size"], bias=False)
+            self.clip.embeddings.patch_embedding = patches
+            self.both = torch.nn.Linear(2 * width, text["hidden_size"])
+            self.image_newline = torch.nn.Parameter(torch.zeros(text["hidden_size"]))
+            self.model.get_image_features = self.features
+
+        def seen(self, pixels: Any) -> Any:
+            first = self.model.vision_tower.sam_encoder(pixels).last_hidden_state
+            count, width, rows, _ = first.shape
+            table = self.clip.embeddings.position_embedding.weight
+            side = int((len(table) - 1) ** 0.5)
+            places = torch.nn.functional.interpolate(
+                table[1:].T.reshape(1, width, side, side), (rows, rows), mode="bicubic", antialias=True
+            ).flatten(2)
+            start = (self.clip.embeddings.class_embedding + table[0]).expand(count, 1, width)
+            patches = torch.cat([start, (first.flatten(2) + places).mT], dim=1)
+            second = self.clip.transformer(self.clip.pre_layrnorm(patches)).last_hidden_state[:, 1:]
+            return self.both(torch.cat([second, first.flatten(2).mT], dim=-1)).unflatten(1, (rows, rows))
+
+        def lines(self, grid: Any) -> Any:
+            ends = self.image_newline.expand(len(grid), 1, -1)
+            return torch.cat([grid, ends], dim=1).flatten(0, 1)
+
+        def features(self, pixels: Any, crops: Any, tiles: Any, **kwargs: Any) -> Any:
+            found, at = [], 0
+            for whole, (across, down) in zip(pixels, tiles.tolist(), strict=True):
+                parts = [self.lines(self.seen(whole[None])[0]), self.model.view_separator[None]]
+                if across * down > 1:
+                    own = self.seen(crops[at : at + across * down])
+                    at += across * down
+                    rows = [torch.cat(list(own[row * across : (row + 1) * across]), dim=1) for row in range(down)]
+                    parts.insert(0, self.lines(torch.cat(rows)))
+                found.append(torch.cat(parts))
+            return SimpleNamespace(pooler_output=found)
+
+    return Reference()
+
+
+def ocr_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    own = {name: array for name, array in tensors.items() if not name.startswith(("model.projector", "model.qwen2"))}
+    found = joined(own, [f"self_attn.{part}_proj" for part in "qkv"], "self_attn.qkv_proj", within="clip.")
+    names = {"both.": "model.projector.layers.", "clip.": "model.vision_model.", "image_n": "model.image_n"}
+    return {renamed(name, names): tensor for name, tensor in found.items()}
+
+
+def ocr2_image(rows: int, columns: int) -> Piece:
+    """A whole page, and two crops of it where it is large; of these sizes there are queries."""
+    crops = 2 if rows > 4 else 0
+    data = {
+        "pixel_values": RNG.standard_normal((3, 1024, 1024)).astype(np.float32),
+        "images_crop": RNG.standard_normal((crops, 3, 768, 768)).astype(np.float32),
+        "images_spatial_crop": np.array([max(crops, 1), 1]),
+    }
+    return Piece([IMAGE] * (256 + 144 * crops + 1), "image", None, data)
+
+
+def count_crops(inputs: dict[str, Any]) -> None:
+    name_crops(inputs)
+    sizes = inputs["num_local_patches"].prod(1)
+    inputs["num_local_patches"] = torch.where(sizes > 1, sizes, 0)
+    if not len(inputs["pixel_values_local"]):
+        inputs["pixel_values_local"] = None
+
+
+def ocr2_model(config: dict[str, Any]) -> Any:
+    vision, text = config["vision_config"], config["language_config"]
+    sam, queries = vision["width"]["sam_vit_b"], vision["width"]["qwen2-0-5b"]
+    layers = [*["dense"] * text["first_k_dense_replace"], *["sparse"] * text["num_hidden_layers"]]
+    made = {
+        "architectures": ["DeepseekOcr2ForConditionalGeneration"], "model_type": "deepseek_ocr2",
+        "text_config": text | {"mlp_layer_types": layers[: text["num_hidden_layers"]]}, "image_token_id": IMAGE,
+        "vision_config": {
+            "sam_config": sam | {
+                "hidden_size": sam["width"], "num_hidden_layers": sam["layers"], "num_attention_heads": sam["heads"],
+                "image_size": vision["image_size"],
+            },
+            "encoder_config": {
+                "hidden_size": queries["dim"], "num_hidden_layers": queries["layers"],
+                "num_attention_heads": queries["heads"], "num_key_value_heads": queries["kv_heads"],
+                "intermediate_size": queries["intermediate_size"],
+                "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+            },
+        },
+    }  # fmt: skip
+    return transformers_model(made)
+
+
+def joined(tensors: dict[str, Any], parts: Sequence[str], whole: str, within: str = "") -> dict[str, Any]:
     """Return tensors in which some that lie side by side are one."""
     found = dict(tensors)
-    for name in [name for name in tensors if parts[0] in name]:
+    for name in [name for name in tensors if parts[0] in name and within in name]:
         own = [found.pop(name.replace(parts[0], part)) for part in parts]
         found[name.replace(parts[0], whole)] = torch.cat(own)
     return found
@@ -341,6 +482,9 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 CASES = {
     "cohere2_vision": Case(square_image(2, 8)),
+    "deepseek_ocr": Case(
+        ocr_image, joined={"images_crop"}, adjust=name_crops, published=Published(ocr_model, ocr_tensors)
+    ),
     "glm4v": Case(qwen_image, glm_video),
     "glm4v_moe": Case(qwen_image),
     "glm_ocr": Case(qwen_image, glm_video),
@@ -354,10 +498,10 @@ CASES = {
     "internvl": Case(square_image(2, 8)),
     "internvl_chat": Case(
         flat_image(2, 8), joined={"pixel_values_flat"}, renamed={"pixel_values_flat": "pixel_values"},
-        published=Published(internvl_config, internvl_tensors),
+        published=Published(internvl_model, internvl_tensors),
     ),
     "kimi_vl": Case(
-        kimi_image, joined={"pixel_values"}, adjust=add_frames, published=Published(kimi_config, kimi_tensors)
+        kimi_image, joined={"pixel_values"}, adjust=add_frames, published=Published(kimi_model, kimi_tensors)
     ),
     "lfm2_vl": Case(lfm_image, joined={"pixel_values", "spatial_shapes"}, adjust=add_mask),
     "llava": Case(square_image(1, 16)),
@@ -380,6 +524,13 @@ CASES = {
             "pixel_position_ids": "image_position_ids", "pixel_position_ids_videos": "video_position_ids",
             "video_frame_counts": "num_frames_per_video", "input_features_padded": "input_features",
         },
+    ),
+}  # fmt: skip
+
+# Of images of one size only, whose many rows take their time.
+LARGE = {
+    "deepseek_ocr2": Case(
+        ocr2_image, joined={"images_crop"}, adjust=count_crops, published=Published(ocr2_model, lambda saved: saved)
     ),
 }  # fmt: skip
 
@@ -429,29 +580,27 @@ def _make(name: str, path: Path) -> Family:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    published = CASES[name].published
-    if published is not None:
-        (path / "published.json").write_text(json.dumps(config))
-        config = published.config(config)
-    reference = getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(**config)).eval()
+    case = (CASES | LARGE)[name]
+    reference = (case.published.model if case.published else transformers_model)(config).eval()
     if name == "paddleocr_vl":
         # transformers 5 stretches positions from corner to corner; vLLM, and transformers before, from edge to edge.
         reference.model.visual.vision_model.embeddings.interpolation_align_corners = False
     with torch.no_grad():
         for parameter in reference.parameters():
             noise = torch.randn_like(parameter)
-            scaled = 0.2 * noise if parameter.ndim < 2 else noise * (1.5 / parameter[0].numel() ** 0.5)
+            inputs = parameter[0].numel() if len(parameter) > 1 else parameter.shape[-1]
+            scaled = 0.2 * noise if parameter.ndim < 2 else noise * (1.5 / inputs**0.5)
             parameter.copy_(parameter + scaled if parameter.ndim < 2 else scaled)
         reference.get_output_embeddings().weight[TEXT_TOKENS:] = 0  # so that no mark is generated
     reference.save_pretrained(path)
-    if published is not None:
-        (path / "published.json").rename(path / "config.json")
-        tensors = published.tensors(safetensors.load_file(path / "model.safetensors"))
+    if case.published:
+        (path / "config.json").write_text(json.dumps(config))
+        tensors = case.published.tensors(safetensors.load_file(path / "model.safetensors"))
         own = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.save_file(own, path / "model.safetensors")
     config = read_config(path)
     assert has_towers(config)
-    return Family(CASES[name], reference, load(path), load_towers(path, config), path)
+    return Family(case, reference, load(path), load_towers(path, config), path)
 
 
 def expected(family: Family, prompt: Prompt) -> tuple[list[int], np.ndarray]:
@@ -563,6 +712,17 @@ def test_a_prefix_that_ends_within_an_image_is_shared(
     requests.append(server.ask(second.tokens, second.items, shares=requests[0], shared_tokens=shared))
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
     check(family, requests, [first, second])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_images(name: str, family_of: Callable[[str], Family], lab: SimpleNamespace) -> None:
+    family = family_of(name)
+    asked = prompt(text(3), family.case.image(8, 4), text(2))
+    server = serving(lab, family)
+    requests = [server.ask(asked.tokens, asked.items)]
+    lab.serve_mixed(server, requests, NEW_TOKENS, chunk=200)
+    check(family, requests, [asked])
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

@@ -43,6 +43,7 @@ _ADAPTED = {
 # Architectures without a file in mlx-lm, around a language model that has one.
 _WRAPPED = {
     "cohere2_vision",
+    "deepseek_vl_v2",
     "glm4v",
     "glm4v_moe",
     "glm_ocr",

@@ -19,13 +19,16 @@ _SAME: dict[str, dict[str, Any]] = {
     "paddleocr_vl_text": {"model_type": "llama"},
 }
 
+# Where the language model's own config may be.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
 # Arguments of mlx-lm's that transformers has under other names.
 _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
 
 # How the names of an encoder's tensors begin, after "model.".
 _ENCODERS = (
-    "audio_tower.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.", "vision_model.",
-    "vision_tower.", "visual.",
+    "audio_tower.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.", "projector.",
+    "qwen2_model.", "sam_model.", "view_seperator", "vision_model.", "vision_tower.", "visual.",
 )  # fmt: skip
 
 
@@ -41,13 +44,15 @@ class ModelArgs(BaseModelArgs):
         """Return the arguments, with all values of a text_config that says only what is special."""
         from transformers import CONFIG_MAPPING, AutoConfig
 
-        text = dict(params.get("text_config") or params.get("llm_config") or params)
-        kind = text.get("model_type", "llama")
+        text = dict(next((params[name] for name in _TEXT_CONFIGS if params.get(name)), params))
+        kind = text.get("model_type") or ("deepseek_v2" if "language_config" in params else "llama")
         if kind in CONFIG_MAPPING and not kind.startswith("paddleocr"):  # whose own defaults are those of the whole
             defaults = AutoConfig.for_model(kind).to_dict()
             text = {name: value for name, value in defaults.items() if value is not None} | text
         text = _SAME.get(kind, {}) | text | {"model_type": _SAME.get(kind, text).get("model_type", kind)}
         text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+        if kind == "deepseek_v2" and not text["qk_nope_head_dim"] and not text["qk_rope_head_dim"]:
+            text = _without_latents(text)
         if text.get("use_bias"):
             text["attention_bias"] = text["mlp_bias"] = True
         text |= {name: text[theirs] for name, theirs in _RENAMED.items() if name not in text and theirs in text}
@@ -92,6 +97,17 @@ class Model(nn.Module):
         from mlx_lm.models.cache import make_prompt_cache
 
         return make_prompt_cache(self.language_model)
+
+
+def _without_latents(text: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the first DeepSeek for one of the second without latents.
+
+    Raises:
+        NotImplementedError: It wants of its experts what the first one's do not have.
+    """
+    if text["norm_topk_prob"] or text["routed_scaling_factor"] != 1 or text["topk_method"] != "greedy":
+        raise NotImplementedError("experts with normalised, scaled or grouped weights need latents")
+    return text | {"model_type": "deepseek"}
 
 
 def _language_name(name: str) -> str:

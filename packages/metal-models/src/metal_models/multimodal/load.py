@@ -15,9 +15,12 @@ from metal_models.multimodal.refused import REFUSED
 from metal_models.multimodal.towers import Towers
 from metal_models.stored_quantization import quantize_as_stored
 
-# ``model_type`` -> module in ``families`` whose ``Family`` encodes for it; after a slash, that of its vision_config.
+# ``model_type`` -> module in ``families`` whose ``Family`` encodes for it; after a slash, that of its vision_config or
+# its architecture.
 FAMILIES = {
     "cohere2_vision": "cohere2_vision",
+    "deepseek_vl_v2/DeepseekOCR2ForCausalLM": "deepseek_ocr2",
+    "deepseek_vl_v2/DeepseekOCRForCausalLM": "deepseek_ocr",
     "gemma3": "gemma3",
     "gemma4": "gemma4",
     "gemma4_unified": "gemma4_unified",
@@ -131,7 +134,8 @@ def load_towers(path: str | Path, config: dict[str, Any], *, dtype: mx.Dtype | N
 
 def _family(config: dict[str, Any]) -> type[Towers] | None:
     kind, vision = config.get("model_type"), (config.get("vision_config") or {}).get("model_type")
-    name = FAMILIES.get(f"{kind}/{vision}") or FAMILIES.get(str(kind))
+    names = [FAMILIES.get(f"{kind}/{part}") for part in (vision, *(config.get("architectures") or ()))]
+    name = next((name for name in names if name), FAMILIES.get(str(kind)))
     if name is None:
         return None
     family: type[Towers] = importlib.import_module(f"metal_models.multimodal.families.{name}").Family

@@ -69,7 +69,7 @@ def build(package_name: str, config: dict[str, Any], sub_configs: Iterable[str] 
             for kind in sub_configs
             if config[f"{kind}_config"] is not None
         }
-        model_config = package.ModelConfig.from_dict(config | made)
+        model_config = package.config.ModelConfig.from_dict(config | made)
         for name, own in made.items():
             setattr(model_config, name, own)
         return VlmModel(package.Model(model_config))
@@ -91,21 +91,47 @@ def _import(name: str) -> Any:
     """Import ``mlx_vlm.models.<name>``.
 
     Its packages replace ``AutoProcessor.from_pretrained`` of transformers with one that returns their own processors,
-    and silence transformers by environment variables; whatever else runs in the process, or is started by it, expects
-    transformers' own, so that is undone.
+    and methods of transformers' processors, and silence transformers by environment variables; whatever else runs in
+    the process, or is started by it, expects transformers' own, so that is undone.
     """
     if not installed():
         raise MetalModelsError(
             "[towers] expected mlx-vlm, which has the vision and audio encoders, got an environment without it. "
             "Install metal-models[multimodal] (or vllm-metal[multimodal])."
         )
-    from transformers import AutoProcessor
-
-    own, environment = AutoProcessor.__dict__["from_pretrained"], dict(os.environ)
+    own = {owner: _attributes(owner) for owner in _processor_classes(name)}
+    environment = dict(os.environ)
     try:
         return importlib.import_module(f"mlx_vlm.models.{name}")
     finally:
-        AutoProcessor.from_pretrained = own
+        for owner, attributes in own.items():
+            _restore(owner, attributes)
         for variable in set(os.environ) - set(environment):
             del os.environ[variable]
         os.environ.update(environment)
+
+
+def _processor_classes(name: str) -> list[type]:
+    """Return transformers' classes that an import of mlx-vlm's package of some name may change."""
+    from transformers import AutoProcessor
+
+    module = f"transformers.models.{name}.processing_{name}"
+    try:
+        found = vars(importlib.import_module(module)).values()
+    except ImportError:
+        found = {}.values()
+    return [AutoProcessor, *(owner for owner in found if isinstance(owner, type) and owner.__module__ == module)]
+
+
+def _attributes(owner: type) -> dict[str, Any]:
+    """Return what a class has of its own; of defaults that it keeps in dictionaries, copies."""
+    return {name: copy.deepcopy(value) if name == "_defaults" else value for name, value in vars(owner).items()}
+
+
+def _restore(owner: type, attributes: dict[str, Any]) -> None:
+    """Let a class have nothing but ``attributes`` of its own."""
+    for name in set(vars(owner)) - set(attributes):
+        delattr(owner, name)
+    for name, value in attributes.items():
+        if vars(owner)[name] is not value:
+            setattr(owner, name, value)

@@ -12,8 +12,6 @@ REFUSED: dict[str, str] = {
     "d1_omni": _NOT_IN_VLLM,
     "deepseek_v41": _NOT_COMPARED,
     "deepseek_vl_v2": _NOT_COMPARED,
-    "deepseekocr": _NOT_COMPARED,
-    "deepseekocr_2": _NOT_COMPARED,
     "diffusion_gemma": "it generates many tokens at a time, out of order",
     "dots_ocr": _NOT_COMPARED,
     "embedding_gemma2": _NO_TEXT,

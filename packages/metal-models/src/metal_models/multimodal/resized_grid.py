@@ -48,3 +48,30 @@ def shares(old: int, new: int, weigh: Weigh = linear) -> Float32[np.ndarray, "ne
         cells = np.floor(middles).astype(np.int64) + step
         np.add.at(found, (np.arange(new), np.clip(cells, 0, old - 1)), weigh(middles - cells).astype(np.float32))
     return found
+
+
+def antialiased(
+    grids: Float[mx.array, "grids rows columns width"], rows: int, columns: int
+) -> Float[mx.array, "grids new_rows new_columns width"]:
+    """Return grids of another size, each new cell a cubic mean of the old ones that it covers.
+
+    Args:
+        grids: Any number of them.
+        rows: Their new height.
+        columns: Their new width.
+    """
+    if grids.shape[1:3] == (rows, columns):
+        return grids
+    down, across = mx.array(covered(grids.shape[1], rows)), mx.array(covered(grids.shape[2], columns))
+    return mx.einsum("ri,gijd,cj->grcd", down, grids.astype(mx.float32), across)
+
+
+def covered(old: int, new: int) -> Float32[np.ndarray, "new old"]:
+    """Return the part that each old cell has in a new one along one axis; it may cover many (Keys, -0.5)."""
+    middles = (np.arange(new) + 0.5) * old / new
+    distance = np.abs(np.arange(old) + 0.5 - middles[:, None]) / max(old / new, 1)
+    inner = (1.5 * distance - 2.5) * distance**2 + 1
+    outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weight = np.where(distance < 1, inner, np.where(distance < 2, outer, 0))
+    found: np.ndarray = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+    return found
