@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from metal_models import CheckpointError, MetalModelsError, load
 from metal_models.multimodal import MultimodalItem, Towers, has_towers, load_towers
+from metal_models.multimodal.families.lfm2_vl import Family as Lfm2VL
 from metal_models.multimodal.families.qwen3_vl import Family
 from metal_models.multimodal.load import FAMILIES
 from metal_models.multimodal.mlx_vlm_models import build as build_vlm
@@ -129,7 +130,13 @@ def test_items_that_do_not_fit(towers: Towers) -> None:
 
 
 def test_transformers_keeps_its_own_processors(towers: Towers) -> None:
+    """Also those of which mlx-vlm replaces methods and defaults."""
     from transformers import AutoProcessor
+    from transformers.models.lfm2_vl.processing_lfm2_vl import Lfm2VlProcessor, Lfm2VlProcessorKwargs
 
     assert towers.package == "qwen3_vl"
-    assert AutoProcessor.from_pretrained.__module__.startswith("transformers.")
+    build_vlm("lfm2_vl", Lfm2VL.vlm_config(config_of("lfm2_vl")))
+    for method in (AutoProcessor.from_pretrained, Lfm2VlProcessor.__init__, Lfm2VlProcessor.__call__):
+        assert method.__module__.startswith("transformers.")
+    assert "from_pretrained" not in vars(Lfm2VlProcessor)
+    assert vars(Lfm2VlProcessorKwargs)["_defaults"]["images_kwargs"] == {"return_row_col_info": True}
