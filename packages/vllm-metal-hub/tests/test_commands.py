@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vllm_metal_hub import resolve
 from vllm_metal_hub.cli import main
 from vllm_metal_hub.testing.repository import safetensors
 
@@ -134,3 +135,38 @@ def test_every_result_is_there_for_scripts(hub, capsys, tmp_path):
     assert run("import", str(tmp_path / "x.tar"))["repo"] == "org/tiny"
     assert run("list")[0]["model"] == "org/tiny"
     assert out(capsys, "list", "--names") == "org/tiny\n"
+
+
+def test_rm_takes_what_plan_and_both_hubs_left(hub, capsys, monkeypatch, forget, tmp_path):
+    hub.add("org/tiny", dict(FILES))
+    resolve("hf://org/tiny", profile="small")
+    assert out(capsys, "list", "--names") == ""
+    forget()
+    for model in ("hf://org/tiny", "ms://org/tiny"):
+        out(capsys, "pull", model)
+    assert [item["bytes"] for item in json.loads(out(capsys, "list", "--json"))] == [sum(map(len, FILES.values()))] * 2
+    assert json.loads(out(capsys, "rm", "org/tiny", "--json"))["removed"]["org/tiny"] > 2 * len(WEIGHTS)
+    assert "No models yet" in out(capsys, "list")
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size >= len(WEIGHTS)]
+    assert left == []
+
+
+def test_rm_takes_what_only_plan_fetched(hub, capsys):
+    hub.add("org/tiny", dict(FILES))
+    resolve("org/tiny", profile="small")
+    assert "org/tiny:small-files" in out(capsys, "list")
+    out(capsys, "rm", "org/tiny")
+    assert "No models yet" in out(capsys, "list")
+
+
+def test_paths_that_cannot_be_written_are_one_line(hub, capsys, tmp_path):
+    hub.add("org/tiny", dict(FILES))
+    out(capsys, "pull", "org/tiny")
+    assert main(["export", "org/tiny", str(tmp_path / "no" / "x.tar")]) == 1
+    assert capsys.readouterr().err.startswith("vllm-metal: [files] expected")
+
+
+def test_a_table_for_pipes_has_paths_in_one_piece(hub, capsys, tmp_path):
+    hub.add("org/tiny", dict(FILES))
+    path = out(capsys, "pull", "org/tiny").strip()
+    assert path in out(capsys, "list")

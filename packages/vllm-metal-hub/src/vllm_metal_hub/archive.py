@@ -25,11 +25,14 @@ def export_snapshot(item: Installed, target: Path) -> None:
     The archive appears under its name only when it is complete.
     """
     partial = target.with_name(target.name + ".partial")
-    with tarfile.open(partial, "w", dereference=True) as archive:
-        archive.add(item.manifest_path, _RECORD)
-        for recorded in item.manifest.files:
-            archive.add(item.manifest.directory / recorded.entry.path, f"files/{recorded.entry.path}")
-    os.replace(partial, target)
+    try:
+        with tarfile.open(partial, "w", dereference=True) as archive:
+            archive.add(item.manifest_path, _RECORD)
+            for recorded in item.manifest.files:
+                archive.add(item.manifest.directory / recorded.entry.path, f"files/{recorded.entry.path}")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def import_archive(path: Path, settings: HubSettings) -> Manifest:

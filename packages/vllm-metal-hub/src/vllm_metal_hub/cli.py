@@ -1,12 +1,13 @@
 """The ``vllm-metal`` command line."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from vllm_metal_hub import __version__
 from vllm_metal_hub.completion import SHELLS, script
-from vllm_metal_hub.errors import EXIT_CODES, HubError
+from vllm_metal_hub.errors import EXIT_CODES, DiskFullError, HubError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Make room on the disk." if full else "Check the path and its permissions."
+        print(f"vllm-metal: [files] expected to read and write files, got: {error}. {advice}", file=sys.stderr)
+        return DiskFullError.exit_code if full else HubError.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:

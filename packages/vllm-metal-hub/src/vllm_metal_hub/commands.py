@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from vllm_metal_hub import archive, store
 from vllm_metal_hub.errors import IntegrityError, NotFoundError, UsageError
+from vllm_metal_hub.manifest import SMALL
 from vllm_metal_hub.model_ref import Source, is_local, parse
 from vllm_metal_hub.pull_display import PullDisplay
 from vllm_metal_hub.resolver import resolve
@@ -33,7 +35,7 @@ def _say(options: argparse.Namespace, content: Any, text: str) -> int:
     if options.json:
         json.dump(content, sys.stdout, indent=2, default=str)
         print()
-    else:
+    elif text:
         print(text)
     return 0
 
@@ -59,16 +61,19 @@ def list_models(options: argparse.Namespace) -> int:
     """Show every snapshot on this machine."""
     found = store.installed()
     if options.json or options.names:
-        names = list(dict.fromkeys(item.name for item in found))
+        names = dict.fromkeys(item.name for item in found if item.manifest.selection != SMALL)
         return _say(options, [_installed_json(item) for item in found], "\n".join(names))
     table = Table(box=None, header_style="bold")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # paths in one piece, for grep and cut
     for title in ("model", "from", "size", "checked", "where"):
         table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
     for item in found:
         m = item.manifest
         table.add_row(item.name, m.source, bytes_text(item.nbytes), m.check, str(m.directory))
     if found:
-        Console(highlight=False).print(table)
+        console.print(table)
     else:
         print("No models yet. Get one with: vllm-metal pull owner/name")
     return 0
@@ -99,7 +104,9 @@ def verify(options: argparse.Namespace) -> int:
 
 def remove(options: argparse.Namespace) -> int:
     """Remove a model from this machine."""
-    freed = {item.name: store.remove(item) for item in store.find(options.ref, options.revision)}
+    freed: Counter[str] = Counter()
+    for item in store.find(options.ref, options.revision, also_small=True):
+        freed[item.name] += store.remove(item)
     lines = [f"removed {name}: {bytes_text(count)}" for name, count in freed.items()]
     return _say(options, {"removed": freed}, "\n".join(lines))
 

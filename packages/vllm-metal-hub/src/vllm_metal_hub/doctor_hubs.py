@@ -46,7 +46,9 @@ def _reachable(source: Source, settings: HubSettings) -> Check:
     except OSError as error:
         reason = getattr(error, "reason", error)
         advice = "Check the network and proxy, or choose another hub or mirror; models already here still work."
-        return Check(_NAMES[source], "warn" if used else "ok", f"{endpoint}{mirror} does not answer: {reason}", advice)
+        if not used:
+            return Check(_NAMES[source], "ok", f"not asked; {endpoint}{mirror} does not answer here")
+        return Check(_NAMES[source], "warn", f"{endpoint}{mirror} does not answer: {reason}", advice)
     spent_ms = (time.monotonic() - started) * 1000
     return Check(_NAMES[source], "ok", f"{endpoint}{mirror} answers in {spent_ms:.0f} ms")
 

@@ -154,9 +154,10 @@ def _gguf_files(ref: ModelRef, listing: tuple[FileEntry, ...]) -> list[FileEntry
             )
         found = matches[0] if matches else []
     if not found:
-        offered = ", ".join(sorted(_shard_groups(ggufs))) or "no GGUF file at all"
+        offered = ", ".join(sorted(_shard_groups(ggufs)))
+        remedy = "Choose one of them." if offered else "Drop it, or choose a repository with GGUF files."
         raise NotFoundError(
-            f"[pull] expected {ref.file or ref.quant} in {ref.repo}, got {offered}. Choose one of them."
+            f"[pull] expected {ref.file or ref.quant} in {ref.repo}, got {offered or 'no GGUF file at all'}. {remedy}"
         )
     return found
 

@@ -15,6 +15,8 @@ from vllm_metal_hub.model_ref import ModelRef, Source
 from vllm_metal_hub.snapshot import Check, FileEntry, LocalSnapshot, SnapshotSource, loader_path
 
 SCHEMA = 1
+SMALL = "small-files"
+"""Selection of a snapshot without weights."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def record(directory: Path, entries: Mapping[str, FileEntry]) -> tuple[Recorded,
 
 def selection_of(ref: ModelRef) -> str:
     """What of a repository a reference means."""
-    return "small-files" if ref.small else ref.file or (ref.quant or "").upper()
+    return SMALL if ref.small else ref.file or (ref.quant or "").upper()
 
 
 def revision_of(revision: str | None) -> str:

@@ -161,8 +161,8 @@ class _Resolution:
             except HubError as error:
                 seen.append(str(error))
         raise OfflineError(
-            f"[model] expected {self.ref.label}@{revision_of(self.ref.revision)} on this machine, since "
-            f"HF_HUB_OFFLINE is set, got: {'; '.join(seen)}. "
+            f"[model] expected {self.ref.label}@{revision_of(self.ref.revision)} on this machine, since the network "
+            f"may not be used, got: {'; '.join(seen)}. "
             f"Where there is a network, run: vllm-metal pull {self.ref.text}"
         )
 
@@ -184,7 +184,7 @@ class _Resolution:
                 return ask(source), failures
             except (NetworkError, NotFoundError) as error:
                 failures.append(error)
-                if len(self.settings.sources) > 1:
+                if source != self.settings.sources[-1]:
                     self.on_event({"event": "note", "text": f"{source}: {error}"})
         return None, failures
 

@@ -3,13 +3,13 @@
 import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_metal_hub import manifest
 from vllm_metal_hub.aliases import Aliases, read_aliases
 from vllm_metal_hub.errors import NotFoundError
-from vllm_metal_hub.manifest import Manifest, manifests, problems, refreshed, revision_of, selection_of
+from vllm_metal_hub.manifest import SMALL, Manifest, manifests, problems, refreshed, revision_of, selection_of
 from vllm_metal_hub.model_ref import ModelRef, Source, parse
 from vllm_metal_hub.remote_code import copies_of
 from vllm_metal_hub.settings import HubSettings
@@ -36,20 +36,38 @@ class Installed:
 
 
 def installed(settings: HubSettings | None = None) -> list[Installed]:
-    """Every snapshot that was pulled, adopted or imported."""
-    settings = settings or HubSettings.from_env()
+    """Every snapshot that was pulled, adopted or imported; one without weights only where there is no whole one."""
+    found = _all(settings or HubSettings.from_env())
+    whole = {_branch(item.manifest) for item in found if not item.manifest.selection}
+    return [item for item in found if item.manifest.selection != SMALL or _branch(item.manifest) not in whole]
+
+
+def _all(settings: HubSettings) -> list[Installed]:
     return [Installed(path, found) for path, found in manifests(settings.home)]
 
 
-def find(text: str, revision: str | None = None, settings: HubSettings | None = None) -> list[Installed]:
+def _branch(found: Manifest) -> tuple[str, str, str]:
+    return (found.source, found.repo, found.revision)
+
+
+def find(
+    text: str, revision: str | None = None, settings: HubSettings | None = None, *, also_small: bool = False
+) -> list[Installed]:
     """The installed snapshots that a reference means: one per hub.
+
+    Args:
+        text: What the user typed.
+        revision: And the revision beside it.
+        settings: The environment's, when None.
+        also_small: Whether a model of which only the small files are here will do.
 
     Raises:
         NotFoundError: none is installed.
     """
     ref, settings = parse(text, revision), settings or HubSettings.from_env()
     aliases = read_aliases(settings)
-    found = [item for item in installed(settings) if _means(ref, item.manifest, aliases)]
+    refs = (ref, replace(ref, small=True)) if also_small and not selection_of(ref) else (ref,)
+    found = [item for item in installed(settings) if any(_means(one, item.manifest, aliases) for one in refs)]
     if not found:
         raise NotFoundError(f"[model] expected {text} among the pulled models, got none. See: vllm-metal list")
     return found
@@ -76,6 +94,9 @@ def verify(item: Installed, *, full: bool = True) -> dict[str, str]:
 def remove(item: Installed, settings: HubSettings | None = None) -> int:
     """Remove a snapshot, and its bytes where no other snapshot uses them; return how many were freed."""
     settings = settings or HubSettings.from_env()
+    for other in _all(settings):
+        if other.manifest.selection == SMALL and _branch(other.manifest) == _branch(item.manifest):
+            other.manifest_path.unlink(missing_ok=True)
     item.manifest_path.unlink(missing_ok=True)
     others = {found.directory for _, found in manifest.manifests(settings.home)}
     directory = item.manifest.directory

@@ -100,6 +100,11 @@ class HuggingFace:
             return TransientError(
                 f"{self.endpoint}: status {status}", seconds_of(error.response.headers.get("Retry-After"))
             )
+        if status == 404:
+            return NotFoundError(
+                f"[pull] expected {what} at {self.endpoint}, got: it does not exist there. Check the spelling, and "
+                "HF_ENDPOINT where it is set."
+            )
         if status in (401, 403):
             return GatedError(f"[pull] expected access to {what}, got status {status}. Set a valid HF_TOKEN.")
         return NetworkError(f"[pull] expected {what} from {self.endpoint}, got status {status}. Try again later.")
