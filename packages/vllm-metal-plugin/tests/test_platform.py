@@ -134,8 +134,8 @@ def test_prefix_cache_from_the_environment(  # type: ignore[no-untyped-def]
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["some.module:Class"]}, "--logits-processors"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            "--speculative-config",
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "method ngram, got ngram_gpu",
         ),
     ],
 )
@@ -144,6 +144,14 @@ def test_unsupported_options_are_named(vllm_config, options, text) -> None:  # t
 
     with pytest.raises(UnsupportedConfigError, match=text):
         vllm_config(**options)
+
+
+def test_drafts_need_pages(vllm_config, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from vllm_metal_plugin.errors import UnsupportedConfigError
+
+    monkeypatch.setenv("VLLM_METAL_USE_PAGED_ATTENTION", "0")
+    with pytest.raises(UnsupportedConfigError, match="VLLM_METAL_USE_PAGED_ATTENTION=0"):
+        vllm_config(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3})
 
 
 def test_contiguous_path_leaves_prefixes_to_the_worker(  # type: ignore[no-untyped-def]

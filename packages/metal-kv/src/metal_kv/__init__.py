@@ -14,6 +14,7 @@ from metal_kv.pool import KVCachePool
 from metal_kv.prefix_tree import Match, PrefixTree
 from metal_kv.quantization import quantize_specs
 from metal_kv.recurrent_state import StateBlocks, state_blocks
+from metal_kv.saved_states import SavedStates
 from metal_kv.slot_mapping import slot_mapping, token_positions
 from metal_kv.spec import (
     AttentionSpec,
@@ -50,6 +51,7 @@ __all__ = [
     "kernel_block_table",
     "AttentionMetadata",
     "slot_mapping",
+    "SavedStates",
     "StateBlocks",
     "state_blocks",
     "token_positions",

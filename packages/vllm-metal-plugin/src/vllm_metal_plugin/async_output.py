@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput, LogprobsTensors, ModelRunnerOutput
 
 from vllm_metal_plugin.log import metal_logger
-from vllm_metal_plugin.sampling import PromptLogprobs, SamplerOutput
+from vllm_metal_plugin.sampling import PromptLogprobs, SampledTokens
 from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
 
 logger = metal_logger(__name__)
@@ -29,7 +29,7 @@ class AsyncStepOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
 
     req_ids: list[str]
     emits: Bool[np.ndarray, "reqs"]
-    sampled: SamplerOutput | None
+    sampled: SampledTokens | None
     prompts: Mapping[str, PromptLogprobs] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()
 
@@ -58,10 +58,9 @@ class AsyncStepOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         logprobs = None
         if self.sampled is not None:
             emitting = np.flatnonzero(self.emits)
-            for i, token_id in zip(emitting, np.array(self.sampled.token_ids).tolist(), strict=True):
-                token_ids[i].append(token_id)
-            if self.sampled.logprobs is not None:
-                logprobs = self.sampled.logprobs.to_lists(emitting.tolist(), len(self.req_ids))
+            for i, tokens in zip(emitting, self.sampled.token_lists(), strict=True):
+                token_ids[i] = tokens
+            logprobs = self.sampled.logprob_lists(emitting.tolist(), len(self.req_ids))
         prompts: dict[str, LogprobsTensors | None] = {
             req_id: prompt.to_tensors() for req_id, prompt in self.prompts.items()
         }

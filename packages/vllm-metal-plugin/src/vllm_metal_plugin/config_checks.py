@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vllm_metal_plugin.cache_formats import CacheFormats
 from vllm_metal_plugin.envs import MetalEnvs
 from vllm_metal_plugin.errors import UnsupportedConfigError
+from vllm_metal_plugin.spec_decode.proposer import PROPOSERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -76,9 +77,22 @@ def _features(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
     if config.kv_transfer_config is not None:
         connector = config.kv_transfer_config.kv_connector
         yield (f"expected no --kv-transfer-config, got connector {connector}. KV transfer is not supported; drop it.")
-    if config.speculative_config is not None:
-        method = config.speculative_config.method
-        yield (f"expected no --speculative-config, got method {method}. It is not supported in this version; drop it.")
+
+
+def _speculation(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
+    if config.speculative_config is None:
+        return
+    method = config.speculative_config.method
+    if method not in PROPOSERS:
+        yield (
+            f"expected --speculative-config with method {' or '.join(PROPOSERS)}, got {method}. Other drafts are not "
+            "supported in this version: change the method or drop the option."
+        )
+    if not envs.use_paged_attention:
+        yield (
+            "expected no --speculative-config with VLLM_METAL_USE_PAGED_ATTENTION=0. Wrong drafts can be taken back "
+            "from pages only: drop one of the two."
+        )
 
 
 def _model(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
@@ -167,6 +181,7 @@ CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _paged,
     _parallel,
     _features,
+    _speculation,
     _model,
     _pooling,
     _lora,

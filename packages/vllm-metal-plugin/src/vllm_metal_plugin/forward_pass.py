@@ -47,18 +47,22 @@ class ForwardPass(ABC):
 
 
 class PagedForward(ForwardPass):
-    """A model over the pages of a pool."""
+    """A model over the pages of a pool.
+
+    Attributes:
+        pool: The same pages, for those who save and restore what lies there.
+    """
 
     def __init__(self, model: PagedModel, pool: KVCachePool) -> None:
         self._model = model
-        self._pool = pool
+        self.pool = pool
 
     def begin(self, scheduler_output: "SchedulerOutput") -> None:
         """Zero and copy blocks, in this order."""
         if scheduler_output.new_block_ids_to_zero:
-            self._pool.zero_blocks(scheduler_output.new_block_ids_to_zero)
+            self.pool.zero_blocks(scheduler_output.new_block_ids_to_zero)
         if scheduler_output.kv_cache_block_copies:
-            self._pool.copy_blocks([tuple(copy) for copy in scheduler_output.kv_cache_block_copies])
+            self.pool.copy_blocks([tuple(copy) for copy in scheduler_output.kv_cache_block_copies])
 
     def forward(self, inputs: StepInputs, batch: InputBatch) -> Float[mx.array, "tokens hidden"]:
         """Write the step's rows to the pool and attend over the block tables."""
@@ -66,7 +70,7 @@ class PagedForward(ForwardPass):
         return self._model.forward(
             inputs.token_ids,
             inputs.metadata,
-            self._pool,
+            self.pool,
             embeddings=inputs.embeddings,
             rope_positions=inputs.rope_positions,
             bidirectional=inputs.bidirectional,
@@ -78,7 +82,7 @@ class PagedForward(ForwardPass):
 
     def arrays(self) -> list[mx.array]:
         """Return the pool's arrays."""
-        return self._pool.arrays()
+        return self.pool.arrays()
 
 
 class ContiguousForward(ForwardPass):

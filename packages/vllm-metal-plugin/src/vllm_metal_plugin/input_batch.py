@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class RequestState:
     """What stays the same while a request lives, and what only its prefill needs.
 
-    ``token_ids`` are the tokens that the host knows: the prompt, and after a preemption the outputs so far.
+    ``token_ids`` are the tokens that the host knows: the prompt, and after a preemption or with drafts the outputs so
+    far.
     ``prompt_logprobs`` collects what the request asked about its prompt until that has been delivered.
     A request to be pooled has ``pooling_params``, and sampling parameters that nobody reads.
     """
@@ -112,6 +113,12 @@ class InputBatch:
             return
         self.num_tokens[rows] += 1
         self.last_token_ids[mx.array(rows)] = token_ids
+
+    def append_tokens(self, row: int, token_ids: Sequence[int]) -> None:
+        """Remember tokens just sampled for ``row`` that the host has read already."""
+        request = self.requests[row]
+        request.token_ids = np.append(request.token_ids, np.asarray(token_ids, np.int32))
+        self.num_tokens[row] = len(request.token_ids)
 
     def _add_new(self, new: "NewRequestData") -> None:
         tokens = new.prefill_token_ids or new.prompt_token_ids or []

@@ -85,6 +85,11 @@ def _keeps_states_inside_steps(planned: Mapping[str, metal_kv.KVCacheSpec], vllm
     )
 
 
+def state_bytes(specs: Mapping[str, metal_kv.KVCacheSpec]) -> int:
+    """Bytes of all recurrent states of one request."""
+    return sum(sum(spec.state_bytes) for spec in specs.values() if isinstance(spec, metal_kv.RecurrentStateSpec))
+
+
 def to_vllm_specs(
     specs: Mapping[str, metal_kv.KVCacheSpec], vllm_config: "VllmConfig"
 ) -> dict[str, vllm_kv.KVCacheSpec]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 
 from vllm_metal_plugin.async_output import AsyncStepOutput
 from vllm_metal_plugin.forward_pass import ForwardPass
 from vllm_metal_plugin.input_batch import InputBatch
 from vllm_metal_plugin.log import metal_logger
 from vllm_metal_plugin.prompt_logprobs import PromptScores, score_prompts
-from vllm_metal_plugin.sampling import GrammarRows, Sampler
+from vllm_metal_plugin.sampling import GrammarRows, SampledTokens, Sampler
 from vllm_metal_plugin.step_inputs import StepInputs, build_step_inputs
 from vllm_metal_plugin.upstream_fixes.failed_steps import FailedStepOutput
 
@@ -92,6 +92,10 @@ class ModelRunner:
             logger.exception("Sampling failed; %d requests end with an error", len(pending.inputs.req_ids))
             return FailedStepOutput.for_requests(pending.inputs.req_ids)
 
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Nothing is drafted."""
+        return None
+
     @property
     def supported_tasks(self) -> tuple[str, ...]:
         """Which of vLLM's tasks this does."""
@@ -104,7 +108,7 @@ class ModelRunner:
     def _forward(self, scheduler_output: "SchedulerOutput") -> PendingStep:
         start = time.perf_counter()
         self._forward_pass.begin(scheduler_output)
-        inputs = build_step_inputs(self._batch, scheduler_output.num_scheduled_tokens, self._block_sizes)
+        inputs = self._build_inputs(scheduler_output)
         hidden = self._forward_pass.forward(inputs, self._batch)
         logits = None
         if inputs.emits.any():
@@ -121,6 +125,9 @@ class ModelRunner:
                 1e3 * (time.perf_counter() - start),
             )
         return PendingStep(inputs, logits, prompts, self._forward_pass.failed_requests())
+
+    def _build_inputs(self, scheduler_output: "SchedulerOutput") -> StepInputs:
+        return build_step_inputs(self._batch, scheduler_output.num_scheduled_tokens, self._block_sizes)
 
     def _dispatch(self, results: list[mx.array], cache: list[mx.array]) -> None:
         """Start computing; the graph is complete, so the wait on a CPU overlaps all the host's work."""
@@ -140,6 +147,11 @@ class ModelRunner:
                 grammar = GrammarRows.from_vllm(grammar_output, {req_id: row for row, req_id in enumerate(emitting)})
             sampled = self._sampler(step.logits, rows.tolist(), self._batch.sampling, grammar)
             self._batch.record_sampled(rows, sampled.token_ids)
+        return self._output(step, sampled)
+
+    def _output(self, step: PendingStep, sampled: SampledTokens | None) -> AsyncModelRunnerOutput:
+        """Start computing what a step's output and the next step's sampling need."""
+        inputs = step.inputs
         output = AsyncStepOutput(inputs.req_ids, inputs.emits, sampled, step.prompts.completed, step.failed)
         state = [*self._batch.sampling.arrays(), self._batch.last_token_ids]
         mx.async_eval(output.arrays(), state)  # type: ignore[no-untyped-call]

@@ -218,6 +218,13 @@ def _cache_states_with_prefixes(vllm_config: "VllmConfig") -> None:
     cache = vllm_config.cache_config
     if (
         cache.enable_prefix_caching
+        and vllm_config.speculative_config is not None
+        and keeps_states(vllm_config.model_config.model)
+    ):
+        metal_logger(__name__).info("Prefix caching is off: drafts may have to be taken back from recurrent states")
+        cache.enable_prefix_caching = False
+    if (
+        cache.enable_prefix_caching
         and cache.mamba_cache_mode == "none"
         and keeps_states(vllm_config.model_config.model)
     ):

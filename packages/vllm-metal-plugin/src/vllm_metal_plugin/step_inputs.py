@@ -1,7 +1,7 @@
 """From a scheduler's step and the batch to the arrays of one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,7 @@ class StepInputs:
         embeddings: Rows that take an encoder's output in place of their token's embedding.
         rope_positions: Where every row is in time, height and width, in a step in which these differ.
         bidirectional: Ranges of rows that see each other, later ones too.
+        drafts: Tokens of some requests that are guesses, the last ones of their rows; -1 stands for none.
     """
 
     req_ids: list[str]
@@ -36,13 +37,18 @@ class StepInputs:
     embeddings: RowEmbeddings | None = None
     rope_positions: Int32[mx.array, "3 tokens"] | None = None
     bidirectional: Sequence[tuple[int, int]] = ()
+    drafts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
-    def logits_indices(self) -> Int32[np.ndarray, "emitting"]:
-        """The token row after which each emitting request samples."""
+    def logits_indices(self) -> Int32[np.ndarray, "sampled"]:
+        """The token rows after which each emitting request samples: its last one, and those before its drafts."""
         ends: np.ndarray = self.query_start_loc[1:]
         last: np.ndarray = ends[self.emits] - np.int32(1)
-        return last
+        if not self.drafts:
+            return last
+        num_drafts = [len(self.drafts.get(self.req_ids[i], ())) for i in np.flatnonzero(self.emits)]
+        rows = [np.arange(end - count, end + 1, dtype=np.int32) for end, count in zip(last, num_drafts, strict=True)]
+        return np.concatenate(rows)
 
     @property
     def emitting_rows(self) -> Int32[np.ndarray, "emitting"]:
@@ -52,7 +58,10 @@ class StepInputs:
 
 
 def build_step_inputs(
-    batch: InputBatch, num_scheduled_tokens: Mapping[str, int], block_sizes: Sequence[int | None]
+    batch: InputBatch,
+    num_scheduled_tokens: Mapping[str, int],
+    block_sizes: Sequence[int | None],
+    drafts: Mapping[str, Sequence[int]] | None = None,
 ) -> StepInputs:
     """Gather the inputs of one step; nothing waits for the device.
 
@@ -60,7 +69,9 @@ def build_step_inputs(
         batch: Already updated with the scheduler's output.
         num_scheduled_tokens: New token rows of each request.
         block_sizes: Tokens per block of each cache group's table; None for a group of states, which has no slots.
+        drafts: Of requests whose tokens the host knows: what their last rows are.
     """
+    drafts = drafts or {}
     scheduled = list(num_scheduled_tokens)
     query_lens = np.fromiter(num_scheduled_tokens.values(), np.int32, len(scheduled))
     rows = np.fromiter((batch.row_of[req_id] for req_id in scheduled), np.int32, len(scheduled))
@@ -77,14 +88,16 @@ def build_step_inputs(
         )
         for table, block_size in zip(batch.block_tables, block_sizes, strict=True)
     ]
+    num_drafts = np.fromiter((len(drafts.get(req_id, ())) for req_id in req_ids), np.int32, len(req_ids))
     return StepInputs(
         req_ids=req_ids,
         rows=rows,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
-        emits=seq_lens >= batch.num_tokens[rows],
-        token_ids=_token_ids(batch, rows, query_start_loc, seq_lens),
+        emits=seq_lens - num_drafts >= batch.num_tokens[rows],
+        token_ids=_token_ids(batch, rows, query_start_loc, seq_lens, [drafts.get(req_id, ()) for req_id in req_ids]),
         metadata=metadata,
+        drafts=drafts,
     )
 
 
@@ -93,13 +106,16 @@ def _token_ids(
     rows: Int32[np.ndarray, "reqs"],
     query_start_loc: Int32[np.ndarray, "reqs_plus_1"],
     seq_lens: Int32[np.ndarray, "reqs"],
+    drafts: Sequence[Sequence[int]],
 ) -> Int32[mx.array, "tokens"]:
-    """Tokens that the host knows, and in the other places the last sampled token of the request's row."""
+    """Tokens that the host knows, drafts, and in the other places the last sampled token of the request's row."""
     host = np.zeros(query_start_loc[-1], np.int32)
     source = np.full(len(host), -1, np.int32)
     starts = batch.num_computed_tokens[rows]
     for i, row in enumerate(rows):
         known = batch.requests[row].token_ids[starts[i] : seq_lens[i]]
+        if drafts[i]:
+            known = np.append(known, np.maximum(drafts[i], 0))
         begin = query_start_loc[i]
         host[begin : begin + len(known)] = known
         source[begin + len(known) : query_start_loc[i + 1]] = row

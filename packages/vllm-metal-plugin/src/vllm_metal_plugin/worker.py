@@ -1,7 +1,9 @@
 """The life of one engine worker: device, model, cache, steps."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,8 @@ from vllm_metal_plugin.model_runner import ModelRunner
 from vllm_metal_plugin.multimodal.encoder_memory import measure_encoder
 from vllm_metal_plugin.multimodal_forward import MultimodalForward
 from vllm_metal_plugin.sampling import PromptLogprobs, Sampler, SamplingState
+from vllm_metal_plugin.spec_decode.proposer import PROPOSERS
+from vllm_metal_plugin.speculative_runner import MAX_SAVED_STATES, SpeculativeRunner
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -123,6 +127,8 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             num_reqs=self.config.max_num_reqs,
             target=self.target,
         )
+        if self.speculative_config is not None:
+            overhead += min(self.config.max_num_reqs, MAX_SAVED_STATES) * kv_cache.state_bytes(self.specs)
         if self.towers is not None:
             overhead += measure_encoder(self.towers, self.vllm_config, on_cpu=self.target == "cpu").total_bytes
         # Buffers that a step frees are the next one's: MLX need not keep more of them than one step has.
@@ -200,7 +206,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         block_sizes = [
             group.block_size // group.kernel_blocks_per_block if group.keeps_rows else None for group in groups
         ]
-        forward_pass = self._forward_pass(kv_cache_config)
+        pages = forward_pass = self._forward_pass(kv_cache_config)
         self.multimodal: MultimodalForward | None = None
         if self.towers is not None:
             forward_pass = self.multimodal = MultimodalForward(forward_pass, self.towers)
@@ -209,13 +215,25 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         if self.pools:
             self.runner: ModelRunner | PoolingRunner = self._pooling_runner(forward_pass, batch, block_sizes)
             return
-        self.runner = ModelRunner(
+        new_runner = ModelRunner if self.speculative_config is None else self._speculative_runner(pages)
+        self.runner = new_runner(
             forward_pass,
             batch,
             Sampler(vocab_size, mode),
             block_sizes=block_sizes,
             wait_before_dispatch=self.target == "cpu",
             debug=self.config.envs.debug,
+        )
+
+    def _speculative_runner(self, pages: ForwardPass) -> Callable[..., ModelRunner]:
+        assert isinstance(pages, PagedForward), "contiguous caches are refused with drafts"
+        speculative = self.speculative_config
+        return partial(
+            SpeculativeRunner,
+            proposer=PROPOSERS[speculative.method](speculative),
+            max_drafts=speculative.num_speculative_tokens,
+            max_model_len=self.model_config.max_model_len,
+            pool=pages.pool,
         )
 
     def _pooling_runner(
@@ -258,8 +276,8 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         return self.runner.sample_tokens(grammar_output)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """Nothing is drafted."""
-        return None
+        """Return what the last step's tokens make one guess."""
+        return self.runner.take_draft_token_ids() if isinstance(self.runner, ModelRunner) else None
 
     def execute_dummy_batch(self) -> None:
         """Data-parallel ranks compute nothing together."""

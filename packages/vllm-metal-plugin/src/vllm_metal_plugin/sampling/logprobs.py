@@ -73,30 +73,41 @@ class SampleLogprobs:
     """int [n]: how many columns of that row are asked for; the rest is padding."""
 
     def arrays(self) -> list[mx.array]:
-        """Return what has to be evaluated before ``to_lists``."""
+        """Return what has to be evaluated before ``on_host``."""
         return self.columns.arrays()
 
+    def on_host(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return token ids and log probabilities, ``width`` columns each, -inf where none is asked for, and ranks."""
+        columns = self.columns
+        wider = ((0, 0), (0, width - columns.logprobs.shape[1]))
+        logprobs = np.pad(np.array(columns.logprobs), wider)
+        logprobs[np.arange(width) >= self.num_columns[:, None]] = -np.inf
+        return np.pad(np.array(columns.token_ids), wider), logprobs, np.array(columns.ranks)
+
     def to_lists(self, output_index: Sequence[int], num_reqs: int) -> "LogprobsLists":
-        """Build vLLM's form (evaluates).
+        """Build vLLM's form of this call alone (evaluates); see ``join_logprobs``."""
+        return join_logprobs([(self, output_index)], num_reqs)
 
-        Args:
-            output_index: Place of each logits row of the call in ``ModelRunnerOutput.req_ids``.
-            num_reqs: Length of ``ModelRunnerOutput.req_ids``.
-        """
-        from vllm.v1.outputs import LogprobsLists
 
-        place = np.asarray(output_index, dtype=np.int64)[self.rows]
-        order = np.argsort(place, kind="stable")
-        logprobs = np.array(self.columns.logprobs)[order]
-        padding = np.arange(logprobs.shape[1]) >= self.num_columns[order][:, None]
-        logprobs[padding] = -np.inf
-        starts = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=num_reqs))])
-        return LogprobsLists(
-            np.array(self.columns.token_ids)[order],
-            logprobs,
-            np.array(self.columns.ranks)[order],
-            starts.tolist(),
-        )
+def join_logprobs(parts: Sequence[tuple[SampleLogprobs, Sequence[int]]], num_reqs: int) -> "LogprobsLists":
+    """Build vLLM's form of several calls (evaluates).
+
+    Args:
+        parts: Of each call, at least one and those of later tokens later, what it reports and the place of each of
+            its logits rows in ``ModelRunnerOutput.req_ids``.
+        num_reqs: Length of ``ModelRunnerOutput.req_ids``.
+    """
+    from vllm.v1.outputs import LogprobsLists
+
+    place = np.concatenate([np.asarray(index, dtype=np.int64)[logprobs.rows] for logprobs, index in parts])
+    order = np.argsort(place, kind="stable")
+    width = max(logprobs.columns.logprobs.shape[1] for logprobs, _ in parts)
+    token_ids, values, ranks = (
+        np.concatenate(arrays)[order]
+        for arrays in zip(*(logprobs.on_host(width) for logprobs, _ in parts), strict=True)
+    )
+    starts = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=num_reqs))])
+    return LogprobsLists(token_ids, values, ranks, starts.tolist())
 
 
 class PromptLogprobs:

@@ -1,12 +1,15 @@
 """One token per logits row, by vLLM's rules in vLLM's order."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
 
+from vllm_metal_plugin.sampling.kernel_rows import KernelRows
 from vllm_metal_plugin.sampling.logprobs import (
     LogprobColumns,
     SampleLogprobs,
@@ -23,11 +26,30 @@ from vllm_metal_plugin.sampling.sampling_state import SamplingState
 from vllm_metal_plugin.sampling.step_plan import LogprobRows, Penalties, StepPlan, sparse_add
 from vllm_metal_plugin.sampling.structured_output import GrammarRows, add_rows, apply_grammar
 
+if TYPE_CHECKING:
+    from vllm.v1.outputs import LogprobsLists
+
 Table = Float[mx.array, "rows vocab"]
 
 
+class SampledTokens(ABC):
+    """What a step sampled, request by request."""
+
+    @abstractmethod
+    def arrays(self) -> list[mx.array]:
+        """Return what has to be evaluated before the values are read."""
+
+    @abstractmethod
+    def token_lists(self) -> list[list[int]]:
+        """Return the tokens of each request."""
+
+    @abstractmethod
+    def logprob_lists(self, output_index: Sequence[int], num_reqs: int) -> "LogprobsLists | None":
+        """Return log probabilities in vLLM's form, if any request asked; see ``join_logprobs``."""
+
+
 @dataclass(frozen=True, eq=False)
-class SamplerOutput:
+class SamplerOutput(SampledTokens):
     """Tokens of one step, on the device and not evaluated yet."""
 
     token_ids: Int32[mx.array, "rows"]
@@ -36,6 +58,14 @@ class SamplerOutput:
     def arrays(self) -> list[mx.array]:
         """Return what has to be evaluated before the values are read."""
         return [self.token_ids, *(self.logprobs.arrays() if self.logprobs else [])]
+
+    def token_lists(self) -> list[list[int]]:
+        """Return the one token of each row."""
+        return [[token] for token in np.array(self.token_ids).tolist()]
+
+    def logprob_lists(self, output_index: Sequence[int], num_reqs: int) -> "LogprobsLists | None":
+        """Return log probabilities in vLLM's form; see ``join_logprobs``."""
+        return None if self.logprobs is None else self.logprobs.to_lists(output_index, num_reqs)
 
 
 class Sampler:
@@ -58,6 +88,7 @@ class Sampler:
         self._normalise = logprobs_mode.endswith("logprobs")
         self._plan_key: tuple[int, int, tuple[int, ...]] | None = None
         self._plan: StepPlan | None = None
+        self._kernels = KernelRows()
 
     def __call__(
         self, logits: Table, rows: Sequence[int], state: SamplingState, grammar: GrammarRows | None = None
@@ -71,9 +102,9 @@ class Sampler:
             grammar: Which tokens grammars allow.
         """
         plan = self._plan_for(state, rows)
-        if grammar is not None:
-            logits = apply_grammar(logits, grammar)
-        scores = _adjust(logits, plan, state, rows)
+        if grammar is not None and not self._fused(logits, plan, state, rows):
+            logits, grammar = self._apply_grammar(logits, grammar, state), None
+        scores = self._adjust(logits, plan, state, rows, grammar)
         token_ids, processed = self._sample(scores, plan, state, rows)
         logprobs = None
         if not plan.logprobs.empty:
@@ -81,6 +112,38 @@ class Sampler:
             logprobs = _report(reported, token_ids, plan.logprobs, normalise=self._normalise)
         state.advance(rows, token_ids)
         return SamplerOutput(token_ids, logprobs)
+
+    def _fused(self, logits: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]) -> bool:
+        """Whether one kernel does what the grammar and penalties ask for: nothing comes between them."""
+        between = (plan.allowed, plan.bad_sequences, plan.fixed_bias)
+        return (
+            plan.penalties is not None
+            and plan.logprobs.empty
+            and all(rule is None for rule in between)
+            and bool((state.num_output_tokens[list(rows)] >= plan.min_tokens).all())
+            and self._kernels.serve(logits)
+        )
+
+    def _apply_grammar(self, logits: Table, grammar: GrammarRows, state: SamplingState) -> Table:
+        if self._kernels.serve(logits):
+            return self._kernels.adjust(logits, grammar, None, state)
+        return apply_grammar(logits, grammar)
+
+    def _adjust(
+        self,
+        logits: Table,
+        plan: StepPlan,
+        state: SamplingState,
+        rows: Sequence[int],
+        grammar: GrammarRows | None,
+    ) -> Table:
+        """Apply everything that can change a greedy choice; returns ``logits`` itself when there is nothing."""
+        logits = _forbid_and_bias(logits, plan, state, rows)
+        if plan.penalties is None:
+            return logits
+        if self._kernels.serve(logits):
+            return self._kernels.adjust(logits, grammar, plan.penalties, state)
+        return _penalise(logits.astype(mx.float32), plan.penalties, state)
 
     def _plan_for(self, state: SamplingState, rows: Sequence[int]) -> StepPlan:
         key = (id(state), state.version, tuple(rows))
@@ -94,7 +157,10 @@ class Sampler:
         """Return the tokens, and the logits as they were drawn from, to be reported if asked for."""
         if len(plan.greedy) == scores.shape[0]:
             return mx.argmax(scores, axis=1).astype(mx.int32), scores
-        emitted = state.num_output_tokens[list(rows)].tolist()
+        counts = state.num_output_tokens[list(rows)]
+        if self._kernels.serve(scores) and (self._raw or plan.logprobs.empty):
+            return self._kernels.sample(scores, plan, counts), scores
+        emitted = counts.tolist()
         parts: list[Drawn] = []
         if len(plan.greedy):
             some = take_rows(scores, plan.greedy)
@@ -117,8 +183,7 @@ def take_rows(values: mx.array, index: np.ndarray) -> mx.array:
     return values if len(index) == values.shape[0] else values[mx.array(index)]
 
 
-def _adjust(logits: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]) -> Table:
-    """Apply everything that can change a greedy choice; returns ``logits`` itself when there is nothing."""
+def _forbid_and_bias(logits: Table, plan: StepPlan, state: SamplingState, rows: Sequence[int]) -> Table:
     if plan.allowed is not None:
         logits = add_rows(logits, *plan.allowed)
     if (bad := plan.bad_sequences) is not None:
@@ -129,8 +194,6 @@ def _adjust(logits: Table, plan: StepPlan, state: SamplingState, rows: Sequence[
     logits = _forbid_stop_tokens(logits, plan, state.num_output_tokens[list(rows)])
     if (bias := plan.fixed_bias) is not None:
         logits = logits.astype(mx.float32).at[bias.rows, bias.token_ids].add(bias.addends)
-    if plan.penalties is not None:
-        logits = _penalise(logits.astype(mx.float32), plan.penalties, state)
     return logits
 
 

@@ -50,6 +50,14 @@ class RequestSampling:
         numbers: Float32Array = self.uniforms[offset]
         return numbers
 
+    def first_uniforms(self, output_index: int, count: int) -> Float32Array:
+        """Return the first number of each of the next ``count`` tokens, at most ``BLOCK``."""
+        self.uniform(output_index)
+        numbers: Float32Array = self.uniforms[output_index % BLOCK :, 0]
+        if len(numbers) < count:
+            numbers = np.concatenate([numbers, uniform_block(self.key, self.block + 1)[:, 0]])
+        return numbers[:count]
+
 
 class SamplingState:
     """Sampling rules and histories of the batch.

@@ -46,6 +46,8 @@ class Penalties:
 
     index: np.ndarray
     slots: mx.array
+    by_row: mx.array
+    """As ``metal_kernels.adjust_logits`` takes them."""
     repetition: mx.array | None
     one_sided: bool
     frequency: mx.array | None
@@ -110,7 +112,7 @@ class StepPlan:
             if request.params.temperature < GREEDY_BELOW:
                 greedy.append(i)
             else:
-                (narrow if request.top_k <= NARROW else wide).append(i)
+                (narrow if request.top_k <= min(NARROW, state.vocab_size - 1) else wide).append(i)
         return cls(
             requests=requests,
             narrow=_random_rows(requests, narrow),
@@ -194,8 +196,14 @@ def _penalties(requests: list[RequestSampling]) -> Penalties | None:
     if not index:
         return None
     params = [requests[i].params for i in index]
+    by_row = np.zeros((len(requests), 8), dtype=np.float32)
+    by_row[:, 0] = -1
+    for i, p in zip(index, params, strict=True):
+        penalties = (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+        by_row[i, :4] = (requests[i].count_slot, *penalties)
     return Penalties(
         index=np.array(index, dtype=np.int32),
+        by_row=mx.array(by_row),
         slots=mx.array(np.array([requests[i].count_slot for i in index], dtype=np.int32)),
         repetition=_column([p.repetition_penalty for p in params], 1.0),
         one_sided=all(p.repetition_penalty >= 1.0 for p in params),

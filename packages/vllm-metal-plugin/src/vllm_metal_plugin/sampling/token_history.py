@@ -38,20 +38,21 @@ class TokenCounts:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._slots = _Slots()
-        self._counts = mx.zeros((0, vocab_size))
-        self._seen = mx.zeros((0, vocab_size))
+        self._history = mx.zeros((0, vocab_size))
+
+    @property
+    def history(self) -> Float[mx.array, "slots vocab"]:
+        """Times emitted, and a half more where a token occurs in the prompt, of all table rows."""
+        return self._history
 
     def acquire(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> int:
         """Reserve a table row holding these tokens; ids outside the vocabulary are ignored."""
         slot = self._slots.acquire()
-        if slot >= self._counts.shape[0]:
-            grown = mx.zeros((max(4, 2 * slot) - self._counts.shape[0], self._vocab_size))
-            self._counts = mx.concatenate([self._counts, grown])
-            self._seen = mx.concatenate([self._seen, grown])
-        counts = self._bincount(output_token_ids)
-        seen = (counts + self._bincount(prompt_token_ids)) > 0
-        self._counts[slot] = mx.array(counts)
-        self._seen[slot] = mx.array(seen.astype(np.float32))
+        if slot >= self._history.shape[0]:
+            grown = mx.zeros((max(4, 2 * slot) - self._history.shape[0], self._vocab_size))
+            self._history = mx.concatenate([self._history, grown])
+        in_prompt = np.minimum(self._bincount(prompt_token_ids), 1.0)
+        self._history[slot] = mx.array(self._bincount(output_token_ids) + in_prompt / 2)
         return slot
 
     def release(self, slot: int) -> None:
@@ -60,18 +61,18 @@ class TokenCounts:
 
     def append(self, slots: Int32[mx.array, "reqs"], token_ids: Int32[mx.array, "reqs"]) -> None:
         """Record one more emitted token for each of these table rows (lazily)."""
-        self._counts = self._counts.at[slots, token_ids].add(mx.array(1.0))
-        self._seen = self._seen.at[slots, token_ids].maximum(mx.array(1.0))
+        self._history = self._history.at[slots, token_ids].add(mx.array(1.0))
 
     def rows(
         self, slots: Int32[mx.array, "reqs"]
     ) -> tuple[Float[mx.array, "reqs vocab"], Float[mx.array, "reqs vocab"]]:
         """Return (times emitted, 1 where it occurs in prompt or output) for these table rows."""
-        return self._counts[slots], self._seen[slots]
+        history = self._history[slots]
+        return mx.floor(history), (history > 0).astype(mx.float32)
 
     def arrays(self) -> list[mx.array]:
         """Return the device arrays, to be evaluated with the step."""
-        return [self._counts, self._seen] if self._counts.shape[0] else []
+        return [self._history] if self._history.shape[0] else []
 
     def _bincount(self, token_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(token_ids, dtype=np.int64)
