@@ -42,7 +42,7 @@ def pack_sampling_rules(
 
 def sample_rows(
     logits: Float[mx.array, "rows vocab"],
-    uniform: Float[mx.array, "numbers"],
+    uniform: Float[mx.array, "*numbers"],
     rules: Float[mx.array, "rules columns"],
 ) -> Int32[mx.array, "rows"]:
     """Return a token for each row, by temperature, min-p, top-k and top-p in this order.

@@ -28,7 +28,7 @@ _ADJUST = PortableKernel(
 
 def sample_rows(
     logits: Float[mx.array, "rows vocab"],
-    uniform: Float[mx.array, "numbers"],
+    uniform: Float[mx.array, "*numbers"],
     rules: Float[mx.array, "rules columns"],
     variant: SampleVariant,
 ) -> Int32[mx.array, "rows"]:

@@ -10,7 +10,7 @@ _LOW_WORD = 0xFFFFFFFF
 
 def sample_rows(
     logits: Float[mx.array, "rows vocab"],
-    uniform: Float[mx.array, "numbers"],
+    uniform: Float[mx.array, "*numbers"],
     rules: Float[mx.array, "rules columns"],
 ) -> Int32[mx.array, "rows"]:
     """Choose a token for each row; see :func:`metal_kernels.sample_rows`."""
@@ -28,7 +28,7 @@ def sample_rows(
     bound = mx.where(top_p < 1.0, mx.minimum(bound, last), bound)
     running = mx.cumsum(_weights(distance) * (distance <= bound), axis=1)
     total = running[:, -1:]
-    drawn = mx.sum(running <= _share(total, uniform[:rows, None]), axis=1)
+    drawn = mx.sum(running <= _share(total, uniform.reshape(-1)[:rows, None]), axis=1)
     drawn = mx.where(total[:, 0] == 0, vocab - 1, drawn)
     return mx.where(scale[:, 0] == 0.0, mx.argmax(logits, axis=1), drawn).astype(mx.int32)
 
