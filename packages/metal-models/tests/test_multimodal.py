@@ -465,6 +465,40 @@ def ocr2_model(config: dict[str, Any]) -> Any:
     return transformers_model(made)
 
 
+def between(mark: int, piece: Piece, end: int) -> Piece:
+    """Return a piece between two marks that say what it is."""
+    return Piece([mark, *piece.tokens, end], piece.modality, [False, *[True] * len(piece.tokens), False], piece.data)
+
+
+def omni_image(rows: int, columns: int) -> Piece:
+    return between(START, qwen_image(rows, columns), END)
+
+
+def omni_video(times: int, rows: int, columns: int) -> Piece:
+    video = qwen2_5_video(times, rows, columns)
+    video.data["second_per_grid_ts"] = np.array(1.0)
+    return between(START, video, END)
+
+
+def omni_audio() -> Piece:
+    """Sound of more than one window."""
+    data = {
+        "input_audio_features": RNG.standard_normal((16, 130)).astype(np.float32),
+        "audio_feature_lengths": np.array(130), "feature_attention_mask": np.ones(130, np.int64),
+    }  # fmt: skip
+    return between(124, Piece([AUDIO] * 17, "audio", None, data), 125)
+
+
+def omni_model(config: dict[str, Any]) -> Any:
+    """The thinker alone."""
+    made = transformers.Qwen3OmniMoeThinkerConfig(**config["thinker_config"])
+    return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(made)
+
+
+def omni_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {f"thinker.{name.removeprefix('thinker.')}": tensor for name, tensor in tensors.items()}
+
+
 def joined(tensors: dict[str, Any], parts: Sequence[str], whole: str, within: str = "") -> dict[str, Any]:
     """Return tensors in which some that lie side by side are one."""
     found = dict(tensors)
@@ -515,6 +549,11 @@ CASES = {
     "qwen2_5_vl": Case(qwen_image, qwen2_5_video),
     "qwen3_vl": Case(qwen_image, qwen3_video),
     "qwen3_5": Case(qwen_image, qwen3_video),
+    "qwen3_omni_moe": Case(
+        omni_image, omni_video, omni_audio,
+        renamed={"input_audio_features": "input_features", "second_per_grid_ts": "video_second_per_grid"},
+        published=Published(omni_model, omni_tensors),
+    ),
     "smolvlm": Case(square_image(3, 12), adjust=add_batch),
     "gemma3": Case(gemma_image),
     "gemma4": Case(

@@ -55,6 +55,7 @@ _WRAPPED = {
     "llava_next",
     "llava_onevision",
     "paddleocr_vl",
+    "qwen3_omni_moe",
     "smolvlm",
 }
 

@@ -64,11 +64,14 @@ class RopeSections:
 
 def rope_sections(config: dict[str, Any]) -> RopeSections | None:
     """Return the sections that a model's ``config.json`` declares; None where a position is one number."""
+    config = config.get("thinker_config") or config
     text = config.get("text_config") or config
     for rope in (text.get("rope_scaling"), text.get("rope_parameters"), config.get("rope_scaling")):
         sizes = (rope or {}).get("mrope_section")
         if rope and sizes and len(sizes) == 3:
-            return RopeSections((sizes[0], sizes[1], sizes[2]), bool(rope.get("mrope_interleaved")))
+            return RopeSections(
+                (sizes[0], sizes[1], sizes[2]), bool(rope.get("mrope_interleaved") or rope.get("interleaved"))
+            )
     return None
 
 

@@ -17,6 +17,7 @@ _SAME: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"model_type": "glm4", "attention_bias": False},
     "paddleocr_vl": {"model_type": "llama"},
     "paddleocr_vl_text": {"model_type": "llama"},
+    "qwen3_omni_moe_text": {"model_type": "qwen3_moe"},
 }
 
 # Where the language model's own config may be.
@@ -25,10 +26,11 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # Arguments of mlx-lm's that transformers has under other names.
 _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
 
-# How the names of an encoder's tensors begin, after "model.".
+# How the names of tensors that are no language model's begin, after "model." or "thinker.".
 _ENCODERS = (
-    "audio_tower.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.", "projector.",
-    "qwen2_model.", "sam_model.", "view_seperator", "vision_model.", "vision_tower.", "visual.",
+    "audio_tower.", "code2wav.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.",
+    "projector.", "qwen2_model.", "sam_model.", "talker.", "view_seperator", "vision_model.", "vision_tower.",
+    "visual.",
 )  # fmt: skip
 
 
@@ -44,7 +46,8 @@ class ModelArgs(BaseModelArgs):
         """Return the arguments, with all values of a text_config that says only what is special."""
         from transformers import CONFIG_MAPPING, AutoConfig
 
-        text = dict(next((params[name] for name in _TEXT_CONFIGS if params.get(name)), params))
+        own = params.get("thinker_config") or params
+        text = dict(next((own[name] for name in _TEXT_CONFIGS if own.get(name)), own))
         kind = text.get("model_type") or ("deepseek_v2" if "language_config" in params else "llama")
         if kind in CONFIG_MAPPING and not kind.startswith("paddleocr"):  # whose own defaults are those of the whole
             defaults = AutoConfig.for_model(kind).to_dict()
@@ -81,7 +84,7 @@ class Model(nn.Module):
         own = {
             _language_name(name): array
             for name, array in weights.items()
-            if not name.removeprefix("model.").startswith(_ENCODERS)
+            if not name.removeprefix("thinker.").removeprefix("model.").startswith(_ENCODERS)
         }
         if hasattr(self.language_model, "sanitize"):
             own = self.language_model.sanitize(own)
@@ -112,6 +115,7 @@ def _without_latents(text: dict[str, Any]) -> dict[str, Any]:
 
 def _language_name(name: str) -> str:
     """Return what the language model itself calls a tensor."""
+    name = name.removeprefix("thinker.")
     for level in ("model.language_model.", "model.text_model."):
         if name.startswith(level):
             return "model." + name.removeprefix(level)

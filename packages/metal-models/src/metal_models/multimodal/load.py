@@ -44,6 +44,7 @@ FAMILIES = {
     "qwen2_vl": "qwen2_vl",
     "qwen3_5": "qwen3_vl",
     "qwen3_5_moe": "qwen3_vl",
+    "qwen3_omni_moe": "qwen3_omni_moe",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
     "smolvlm": "idefics3",

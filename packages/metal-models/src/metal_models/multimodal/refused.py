@@ -60,7 +60,6 @@ REFUSED: dict[str, str] = {
     "phi4mm": "its language model has other weights for images and for sound",
     "plamo2vl": _NOT_IN_VLLM,
     "pp_doclayout_v3": _NO_TEXT,
-    "qwen3_omni_moe": _NOT_COMPARED,
     "qwen4_exp": _NOT_COMPARED,
     "rfdetr": _NO_TEXT,
     "rt_detr_v2": _NO_TEXT,

@@ -15,8 +15,11 @@ MODALITIES = ("image", "video", "audio")
 COMPATIBLE = frozenset({"gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe"})
 """``model_type`` of conditional-generation wrappers that ``auto`` serves as text where they have no towers here."""
 _TOWER_CONFIGS = ("vision_config", "audio_config", "vision_tower_config", "vit_config")
-_TOWER_TENSORS = ("vision", "visual", "vit", "audio", "siglip", "multi_modal_projector", "mm_projector")
-_NEED_TORCHVISION = ("glm4v", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paddleocr_vl")
+_TOWER_TENSORS = ("vision", "visual", "vit", "audio", "siglip", "multi_modal_projector", "mm_projector", "sam_model")
+_NEED_TORCHVISION = (
+    "deepseek_vl_v2", "glm4v", "glm_ocr", "internvl_chat", "qwen2_vl", "qwen2_5_vl", "qwen3_omni", "qwen3_vl", "qwen3_5",
+    "paddleocr_vl",
+)  # fmt: skip
 """First letters of the ``model_type`` of wrappers whose code in vLLM imports torchvision, images or not."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -117,7 +120,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     config: dict[str, Any] = json.loads(file.read_text())
-    return config
+    return (config.get("thinker_config") or {}) | config  # models that speak, too, have them one level below
 
 
 def _holds_towers(path: Path) -> bool:
