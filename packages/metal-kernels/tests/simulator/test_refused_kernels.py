@@ -50,11 +50,18 @@ BODIES = {
     ),
     "write_to_constant": Case("c[0] = 1;", "read-only"),
     "write_to_const_input": Case("x[i] = 1;", "read-only"),
+    "constant_from_a_function_of_metal": Case(
+        "out[i] = t;", "got a call of 'sqrt'", "constant float t = sqrt(2.0f);\n"
+    ),
+    "constant_from_a_function": Case(
+        "out[i] = t[0];", "got a call of 'f'", "float f(int k) { return k; }\nconstant float t[2] = {f(1), 2};\n"
+    ),
     "mutable_global": Case("out[i] = g++;", "constant address space", "float g = 0;\n"),
     # Types and conversions
     "float_to_bfloat": Case("b[i] = x[i];", "implicit conversion"),
     "half_to_bfloat": Case("b[i] = h[i];", "incompatible type"),
     "bfloat_to_half": Case("half v = b[i]; out[i] = v;", "cannot initialize"),
+    "long_long": Case("long long v = i; out[i] = v;", "'long long' does not exist"),
     "double_variable": Case("double d = 1; out[i] = d;", "'double' does not exist"),
     "vector_too_many_components": Case("float2 v = float2(1, 2, 3); out[i] = v.x;", "too many components"),
     "vector_too_few_components": Case("float4 v = float4(1, 2, 3); out[i] = v.x;", "too few components"),
@@ -118,7 +125,6 @@ BODIES = {
     "builtin_of_the_processor": Case("out[i] = __builtin_ia32_rdtsc();", "'__builtin_ia32_rdtsc' does not exist"),
     "builtin_of_the_library": Case("out[i] = __builtin_fmaf(x[i], 2, 3);", "'__builtin_fmaf' does not exist"),
     # Language that Metal does not have
-    "lambda": Case("auto f = [](float v) { return v + 1; }; out[i] = f(x[i]);", "lambda"),
     "recursion": Case(
         "out[i] = even(x[i]);",
         "calls itself",
@@ -135,6 +141,10 @@ BODIES = {
         "not marked 'threadgroup'",
         "struct S { float v; float get() const { return v; } };\n",
     ),
+    "noexcept_operator": Case("out[i] = noexcept(x[i]);", "'noexcept' does not exist"),
+    "variadic_function": Case("out[i] = f(1, 2);", "variadic", "int f(int a, ...) { return a; }\n"),
+    "register": Case("register float v = 1; out[i] = v;", "register"),
+    "dynamic_cast": Case("out[i] = *dynamic_cast<device float*>(out);", "'dynamic_cast' does not exist"),
     "goto": Case("again: if (x[i] > 0) goto again;", "'goto' does not exist"),
     "inline_assembly": Case('asm("nop"); out[i] = 1;', "'asm' does not exist"),
     "exception": Case("if (i > 3) throw 1;", "'throw' does not exist"),
@@ -205,6 +215,7 @@ def test_kernel_must_return_void() -> None:
         check(kernel("out[i] = 1; return 1;", returns="int"), [(3, 2)])
 
 
+EACH = "template <typename F> void each(int n, F f) { for (int k = 0; k < n; k++) f(k); }\n"
 FENCE = "n[i] = 1; atomic_thread_fence(mem_flags::mem_device, memory_order_seq_cst, thread_scope_device);"
 
 
@@ -212,6 +223,13 @@ def test_language_versions_differ() -> None:
     check(kernel(FENCE), [(3, 2)])
     with pytest.raises(KernelCompileError, match=r"Metal 3\.1"):
         check(kernel(FENCE), [(3, 1)])
+
+
+def test_lambda_since_3_2() -> None:
+    lambdas = kernel("float s = 0; each(4, [&](int k) { s += x[k]; }); out[i] = s;", EACH)
+    check(lambdas, [(3, 2)])
+    with pytest.raises(KernelCompileError, match=r"Metal 3\.1:\nbody:1: error: lambda expressions"):
+        check(lambdas, [(3, 1)])
 
 
 def test_line_within_a_part() -> None:

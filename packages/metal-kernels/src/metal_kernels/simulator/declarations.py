@@ -49,6 +49,8 @@ def _collect_instantiation(tokens: TokenList, start: int, program: Program) -> N
         i += 1
     if tokens[i].text == "decltype":
         i = tokens.closing(i + 1) + 1
+    if tokens[i].kind == tokens[i + 1].kind == "name":  # a function type by its name
+        i += 1
     end = name_end = i
     while tokens[name_end].text not in ("<", "(", ";", ""):
         name_end += 1
@@ -119,7 +121,12 @@ def _is_attribute(tokens: TokenList, index: int) -> bool:
 
 
 def set_function_constants(tokens: TokenList, program: Program, values: dict[str, str]) -> None:
-    """Give every ``constant T x [[function_constant(n)]];`` its value, 0 by default."""
+    """Give every ``constant T x [[function_constant(n)]];`` its value, 0 by default, and say which have one."""
+    for i in tokens.indices():
+        if tokens[i].text == "is_function_constant_defined" and tokens[i + 1].text == "(":
+            end = tokens.closing(i + 1)
+            tokens[i].text = "true" if tokens.text(i + 2, end) in values else "false"
+            tokens.drop(i + 1, end + 1)
     for i in tokens.indices():
         if tokens[i].text != "[[" or tokens[i + 1].text != "function_constant" or tokens[i].scope != "file":
             continue

@@ -100,6 +100,8 @@ def check_words(tokens: TokenList, program: Program) -> None:
             token.text = f"((bfloat){token.text[:-2]}f)"
         if token.kind != "name":
             continue
+        if token.text == "long" and tokens[i + 1].text == "long":
+            program.error(token.place, "'long long' does not exist in Metal")
         if token.text in _FORBIDDEN:
             program.error(token.place, f"'{token.text}' does not exist in Metal")
             token.text = "msl_no_" + token.text.strip("_")
@@ -107,6 +109,7 @@ def check_words(tokens: TokenList, program: Program) -> None:
             token.text = f"msl_{token.text}"
         elif (
             token.text in ("virtual", "new")
+            or (token.text == "noexcept" and tokens[i - 1].text not in (")", "const", *_SPACES))
             or (token.text == "delete" and tokens[i - 1].text != "=")
             or (token.text.startswith("__builtin_") and not _BUILTINS.fullmatch(token.text))
             or token.text in names_of_headers
@@ -192,7 +195,7 @@ def qualify_constants(tokens: TokenList) -> None:
 def drop_thread_words(tokens: TokenList) -> None:
     """Drop ``thread`` where clang cannot bind what Metal binds.
 
-    Those are const references, constructors, conversions, and what an operator of a class returns of itself.
+    Those are const references, constructors, conversions, what an assignment returns, and a second address space.
     """
     structs = {tokens[i + 1].text for i in tokens.indices() if tokens[i].text in ("struct", "class", "union")}
     for i in tokens.indices():
@@ -200,6 +203,7 @@ def drop_thread_words(tokens: TokenList) -> None:
             _is_const_reference(tokens, i)
             or _qualifies_constructor(tokens, i, structs)
             or _is_result_of_operator(tokens, i)
+            or _qualifies_pointer(tokens, i)
         ):
             tokens[i].text = ""
     tokens.compact()
@@ -224,13 +228,21 @@ def _is_const_reference(tokens: TokenList, index: int) -> bool:
         i += 1
 
 
+def _qualifies_pointer(tokens: TokenList, index: int) -> bool:
+    """Whether this is the ``thread`` of ``thread const device T* p[n];``: where the pointers are."""
+    i = index + 1
+    while tokens[i].text in ("const", "volatile"):
+        i += 1
+    return tokens[i].text in ("device", "constant", "threadgroup")
+
+
 def _is_result_of_operator(tokens: TokenList, index: int) -> bool:
     if tokens[index].scope != "type":
         return False
     i = index + 1
     while tokens[i].kind == "name" or tokens[i].text in ("<", ">", "::", ","):
         i += 1
-    return tokens[i].text == "&" and tokens[i + 1].text == "operator"
+    return tokens[i].text == "&" and tokens[i + 1].text == "operator" and tokens[i + 2].text == "="
 
 
 def _qualifies_constructor(tokens: TokenList, index: int, structs: set[str]) -> bool:
@@ -244,7 +256,7 @@ def _qualifies_constructor(tokens: TokenList, index: int, structs: set[str]) -> 
         return True
     while i >= 0 and tokens[i].text not in (";", "{", "}"):
         if tokens[i].text == "operator":
-            return True
+            return tokens[i + 1].kind == "name" or tokens[i + 1].text == "="
         i -= 1
     return False
 
@@ -312,7 +324,7 @@ def _rewrite_vec(tokens: TokenList, index: int) -> None:
 
 def _rewrite_named(tokens: TokenList, index: int) -> None:
     name, before = tokens[index].text, tokens[index - 1].text
-    executed = in_function(tokens[index].scope) or before in ("=", "(", ",", "return")
+    executed = in_function(tokens[index].scope) or before in ("=", "(", ",", "{", "return")
     if tokens[index + 1].text == "(" and before != "::":
         if executed and not _is_declarator(tokens, index + 1):
             tokens[index].text = f"metal::msl_make<{name}>"

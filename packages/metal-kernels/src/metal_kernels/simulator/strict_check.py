@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .build import precompiled, write_whole
 from .errors import KernelCompileError, ToolchainError
-from .syntax_rules import violations
+from .syntax_rules import LAMBDA, violations
 from .toolchain import cache_directory, digest, toolchain
 from .unit import FIRST_USER_DECLARATION, LANGUAGE, Source, Unit, translate
 
@@ -34,6 +34,11 @@ _STRICT = (
 _DIAGNOSTIC = re.compile(r"^(?:<stdin>|.*?):(\d+):\d+: (error|warning|note): (.*)$")
 # What the headers declare for some versions only.
 _SINCE_3_2 = re.compile(r"memory_order_(?!relaxed)|thread_scope|atomic_thread_fence|os_log|logger")
+_OTHER_SPACE = re.compile(
+    r"cannot initialize object parameter of type '(?:const )?__private (.*)' "
+    r"with an expression of type '.*__(global|local) .*'"
+)
+_SPACES = {"global": "device", "local": "threadgroup"}
 _PLACE = re.compile(r"(.*?):(\d+): error: ")
 
 
@@ -81,8 +86,8 @@ def _diagnose(source: Source, metal_version: tuple[int, int], accepted: set[str]
         raise ToolchainError(f"[simulator] expected a verdict of clang's, got: {done.stderr.strip()}.")
     if not errors:
         ast = done.stdout[done.stdout.find(FIRST_USER_DECLARATION) :]
-        errors = [f"{unit.place(line)}: error: {complaint}" for line, complaint in violations(ast)]
-    if not errors and not _SINCE_3_2.search(written):
+        errors = [f"{unit.place(line)}: error: {complaint}" for line, complaint in violations(ast, metal_version)]
+    if not errors and not _SINCE_3_2.search(written) and LAMBDA not in done.stdout:
         accepted.add(written)
     return errors
 
@@ -117,8 +122,16 @@ def _errors(text: str, unit: Unit) -> list[str]:
         if severity == "note":
             _blame(lines, place)
         if place or severity != "note":
-            lines.append(f"{place or _IN_HEADERS}: {'error' if implicit else severity}: {message}")
+            lines.append(f"{place or _IN_HEADERS}: {'error' if implicit else severity}: {_in_words_of_metal(message)}")
     return lines
+
+
+def _in_words_of_metal(message: str) -> str:
+    other = _OTHER_SPACE.search(message)
+    if not other:
+        return message
+    space = _SPACES[other.group(2)]
+    return f"the method of '{other.group(1)}' is not marked '{space}', but its object is in that address space"
 
 
 def _is_implicit_bfloat(severity: str, message: str) -> bool:

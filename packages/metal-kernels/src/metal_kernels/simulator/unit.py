@@ -6,9 +6,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from . import declarations, expressions
+from .choices import rewrite_choices
 from .copies import declare_copies
 from .errors import KernelCompileError
 from .kernels import Program
+from .methods import mark_methods
 from .places import Place
 from .scopes import mark_scopes
 from .tokens import TokenList
@@ -123,6 +125,7 @@ def _translated(text: str, coherent: bool, constants: _Constants, known: frozens
     if coherent:
         expressions.drop_coherent(tokens)
     mark_scopes(tokens)
+    mark_methods(tokens)
     declare_copies(tokens)
     declarations.collect_instantiations(tokens, program)
     tokens.compact()
@@ -137,6 +140,7 @@ def _translated(text: str, coherent: bool, constants: _Constants, known: frozens
     declarations.place_threadgroup_variables(tokens, program)
     tokens.compact()
     expressions.name_bool_vectors(tokens)
+    rewrite_choices(tokens)
     names = known | expressions.type_names(tokens)
     expressions.rewrite_casts(tokens, program, set(names))
     tokens.compact()

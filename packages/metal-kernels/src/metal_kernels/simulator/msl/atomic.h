@@ -12,6 +12,7 @@ template <class T> struct atomic {
                 "atomic holds int, uint, bool, float or ulong");
   T value_;
 };
+template <class T> using _atomic = atomic<T>;
 // OpenCL declares types of these names itself.
 #define atomic_int msl_atomic_int
 #define atomic_uint msl_atomic_uint

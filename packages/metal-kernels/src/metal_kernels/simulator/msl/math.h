@@ -69,6 +69,34 @@ constexpr constant float pi = 3.14159265358979323846f;
 #define MSL_MATH2(name, expression) MSL_MATH2_FOR(float, name, expression) MSL_MATH2_FOR(half, name, expression)
 #define MSL_MATH3(name, expression) MSL_MATH3_FOR(float, name, expression) MSL_MATH3_FOR(half, name, expression)
 
+// What takes or gives an exponent or a second result, whose lanes are written one by one.
+#define MSL_MATH_PARTS(T)                                                                                     \
+  MSL_FN T ldexp(T x, int k) { return (T)msl_ldexpf(x, k); }                                                  \
+  MSL_FN int ilogb(T x) { return msl_ilogbf(x); }                                                             \
+  MSL_FN T frexp(T x, thread int& e) { return (T)msl_frexpf(x, (ulong)&e); }                                  \
+  MSL_FN T sincos(T x, thread T& c) { c = (T)msl_cosf(x); return (T)msl_sinf(x); }                            \
+  MSL_FN T modf(T x, thread T& whole) { whole = (T)__builtin_truncf(x); return __builtin_isinf(x) ? (T)__builtin_copysignf(0.f, x) : (T)(x - whole); } \
+  template <int N> MSL_FN vec<T, N> ldexp(vec<T, N> x, vec<int, N> k) {                                       \
+    vec<T, N> r;                                                                                              \
+    for (int i = 0; i < N; i++) r[i] = ldexp((T)x[i], (int)k[i]);                                             \
+    return r;                                                                                                 \
+  }                                                                                                           \
+  template <int N> MSL_FN vec<int, N> ilogb(vec<T, N> x) {                                                    \
+    vec<int, N> r;                                                                                            \
+    for (int i = 0; i < N; i++) r[i] = ilogb((T)x[i]);                                                        \
+    return r;                                                                                                 \
+  }                                                                                                           \
+  MSL_MATH_PART(T, T, sincos) MSL_MATH_PART(T, T, modf) MSL_MATH_PART(T, int, frexp)
+#define MSL_MATH_PART(T, P, name)                                                                             \
+  template <int N> MSL_FN vec<T, N> name(vec<T, N> x, thread vec<P, N>& part) {                               \
+    vec<T, N> r;                                                                                              \
+    for (int i = 0; i < N; i++) {                                                                             \
+      P lane;                                                                                                 \
+      r[i] = name((T)x[i], lane);                                                                             \
+      part[i] = lane;                                                                                         \
+    }                                                                                                         \
+    return r;                                                                                                 \
+  }
 #define MSL_MATH                                                                                           \
   MSL_MATH1(exp, msl_expf(x)) MSL_MATH1(exp2, msl_exp2f(x)) MSL_MATH1(exp10, msl_exp10f(x))                            \
   MSL_MATH1(log, msl_logf(x)) MSL_MATH1(log2, msl_log2f(x)) MSL_MATH1(log10, msl_log10f(x))                            \
@@ -96,14 +124,7 @@ constexpr constant float pi = 3.14159265358979323846f;
   MSL_MATH3(fmax3, __builtin_fmaxf(x, __builtin_fmaxf(y, z))) MSL_MATH3(max3, __builtin_fmaxf(x, __builtin_fmaxf(y, z))) \
   MSL_MATH3(fmedian3, msl_scalar::median3(x, y, z)) MSL_MATH3(median3, msl_scalar::median3(x, y, z))       \
   MSL_MATH3(smoothstep, msl_scalar::smoothstep(x, y, z))                                                   \
-  MSL_FN float ldexp(float x, int k) { return msl_ldexpf(x, k); }                                              \
-  MSL_FN half ldexp(half x, int k) { return (half)msl_ldexpf(x, k); }                                          \
-  MSL_FN float frexp(float x, thread int& e) { return msl_frexpf(x, (ulong)&e); }                              \
-  MSL_FN half frexp(half x, thread int& e) { return (half)msl_frexpf(x, (ulong)&e); }                          \
-  MSL_FN int ilogb(float x) { return msl_ilogbf(x); }                                                          \
-  MSL_FN float sincos(float x, thread float& c) { c = msl_cosf(x); return msl_sinf(x); }                           \
-  MSL_FN half sincos(half x, thread half& c) { c = (half)msl_cosf(x); return (half)msl_sinf(x); }                  \
-  MSL_FN float modf(float x, thread float& whole) { whole = __builtin_truncf(x); return x - whole; }
+  MSL_MATH_PARTS(float) MSL_MATH_PARTS(half)
 MSL_MATH
 namespace fast { MSL_MATH }
 namespace precise { MSL_MATH }
@@ -237,6 +258,8 @@ template <class T, class C, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N
 }
 template <class T, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, msl_bools<N> c) { return select(a, b, c.lanes()); }
 template <class T, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, bool c) { return c ? b : a; }
+MSL_FN float nan(uint) { return __builtin_nanf(""); }
+MSL_FN half nan(ushort) { return (half)__builtin_nanf(""); }
 MSL_FN bool any(bool b) { return b; }
 MSL_FN bool all(bool b) { return b; }
 template <class T, int N> MSL_FN bool any(vec<T, N> v) {
@@ -253,16 +276,26 @@ template <class T, int N> MSL_FN bool all(vec<T, N> v) {
 template <int N> MSL_FN bool any(msl_bools<N> b) { return any(b.lanes()); }
 template <int N> MSL_FN bool all(msl_bools<N> b) { return all(b.lanes()); }
 
-template <class T, int N> MSL_FN T dot(vec<T, N> a, vec<T, N> b) {
-  T sum = (T)0;
-  for (int i = 0; i < N; i++) sum += a[i] * b[i];
-  return sum;
-}
-template <class T, int N> MSL_FN T length_squared(vec<T, N> a) { return dot(a, a); }
-template <class T, int N> MSL_FN T length(vec<T, N> a) { return sqrt(dot(a, a)); }
-template <class T, int N> MSL_FN T distance_squared(vec<T, N> a, vec<T, N> b) { return length_squared(a - b); }
-template <class T, int N> MSL_FN T distance(vec<T, N> a, vec<T, N> b) { return length(a - b); }
-template <class T, int N> MSL_FN vec<T, N> normalize(vec<T, N> a) { return a * (vec<T, N>)rsqrt(dot(a, a)); }
-template <class T, int N> MSL_FN vec<T, N> reflect(vec<T, N> i, vec<T, N> n) { return i - n * (vec<T, N>)((T)2 * dot(n, i)); }
-template <class T> MSL_FN vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) { return a.yzx * b.zxy - a.zxy * b.yzx; }
+#define MSL_OF_VECTORS template <class T, int N, enable_if_t<is_floating_point_v<T>, bool> = true> MSL_FN
+#define MSL_GEOMETRY                                                                                          \
+  MSL_OF_VECTORS T dot(vec<T, N> a, vec<T, N> b) {                                                            \
+    T sum = (T)0;                                                                                             \
+    for (int i = 0; i < N; i++) sum += a[i] * b[i];                                                           \
+    return sum;                                                                                               \
+  }                                                                                                           \
+  MSL_OF_VECTORS T length_squared(vec<T, N> a) { return dot(a, a); }                                          \
+  MSL_OF_VECTORS T length(vec<T, N> a) { return sqrt(dot(a, a)); }                                            \
+  MSL_OF_VECTORS T distance_squared(vec<T, N> a, vec<T, N> b) { return length_squared(a - b); }               \
+  MSL_OF_VECTORS T distance(vec<T, N> a, vec<T, N> b) { return length(a - b); }                               \
+  MSL_OF_VECTORS vec<T, N> normalize(vec<T, N> a) { return a * (vec<T, N>)rsqrt(dot(a, a)); }                 \
+  MSL_OF_VECTORS vec<T, N> faceforward(vec<T, N> n, vec<T, N> i, vec<T, N> reference) { return dot(i, reference) < (T)0 ? n : -n; } \
+  MSL_OF_VECTORS vec<T, N> reflect(vec<T, N> i, vec<T, N> n) { return i - n * (vec<T, N>)((T)2 * dot(n, i)); } \
+  MSL_OF_VECTORS vec<T, N> refract(vec<T, N> i, vec<T, N> n, T ratio) {                                       \
+    T c = dot(n, i), k = (T)1 - ratio * ratio * ((T)1 - c * c);                                               \
+    return k < (T)0 ? (vec<T, N>)(T)0 : i * (vec<T, N>)ratio - n * (vec<T, N>)(ratio * c + sqrt(k));          \
+  }                                                                                                           \
+  template <class T> MSL_FN vec<T, 3> cross(vec<T, 3> a, vec<T, 3> b) { return a.yzx * b.zxy - a.zxy * b.yzx; }
+MSL_GEOMETRY
+namespace fast { MSL_GEOMETRY }
+namespace precise { MSL_GEOMETRY }
 }  // namespace metal

@@ -122,6 +122,27 @@ template <class...> struct _conjunction : true_type {};
 template <class B, class... R> struct _conjunction<B, R...> : bool_constant<B::value && _conjunction<R...>::value> {};
 template <class... B> using disjunction = _disjunction<B...>;
 template <class... B> using conjunction = _conjunction<B...>;
+template <class B> struct negation : bool_constant<!B::value> {};
+template <class... B> constexpr constant bool disjunction_v = disjunction<B...>::value;
+template <class... B> constexpr constant bool conjunction_v = conjunction<B...>::value;
+template <class T> struct is_const : false_type {};
+template <class T> struct is_const<const T> : true_type {};
+template <class T> struct is_class : bool_constant<__is_class(T)> {};
+template <class T> struct is_union : bool_constant<__is_union(T)> {};
+template <class A, class B> struct is_base_of : bool_constant<__is_base_of(A, B)> {};
+template <class T> struct is_array : bool_constant<__is_array(T)> {};
+template <class T> struct is_reference : bool_constant<__is_reference(T)> {};
+template <class T> struct is_scalar : bool_constant<__is_scalar(T)> {};
+template <class T> struct is_trivially_copyable : bool_constant<__is_trivially_copyable(T)> {};
+template <class T> constexpr constant bool is_class_v = is_class<T>::value;
+template <class T> constexpr constant bool is_const_v = is_const<T>::value;
+template <class A, class B> constexpr constant bool is_base_of_v = is_base_of<A, B>::value;
+template <class T> struct decay { typedef __decay(T) type; };
+template <class T> using decay_t = typename decay<T>::type;
+template <class T> struct add_const { typedef const T type; };
+template <class T> using add_const_t = const T;
+template <class T> struct underlying_type { typedef __underlying_type(T) type; };
+template <class T> using underlying_type_t = typename underlying_type<T>::type;
 template <class T> struct make_unsigned { typedef __make_unsigned(T) type; };
 template <class T> struct make_signed { typedef __make_signed(T) type; };
 template <class T> using make_unsigned_t = typename make_unsigned<T>::type;
@@ -141,6 +162,15 @@ template <class T, int N> struct msl_shape<T __attribute__((ext_vector_type(N)))
 template <class T> struct make_scalar { typedef typename msl_shape<T>::element type; };
 template <class T> using make_scalar_t = typename make_scalar<T>::type;
 
+template <class T> struct vec_elements : integral_constant<int, msl_shape<T>::size> {};
+template <class T, T... I> struct integer_sequence {
+  typedef T value_type;
+  MSL_FN static constexpr ulong size() { return sizeof...(I); }
+};
+template <class T, T N> using make_integer_sequence = __make_integer_seq<integer_sequence, T, N>;
+template <ulong... I> using index_sequence = integer_sequence<ulong, I...>;
+template <ulong N> using make_index_sequence = make_integer_sequence<ulong, N>;
+
 template <class T, ulong N> struct array {
   MSL_CONSTRUCTOR(array) MSL_COPIES(array) MSL_ASSIGNMENTS(array)
   T element_[N];
@@ -150,13 +180,14 @@ template <class T, ulong N> struct array {
   MSL_FN const device T& operator[](ulong i) const device { return element_[i]; }
   MSL_FN threadgroup T& operator[](ulong i) threadgroup { return element_[i]; }
   MSL_FN const threadgroup T& operator[](ulong i) const threadgroup { return element_[i]; }
-  MSL_FN const constant T& operator[](ulong i) constant { return element_[i]; }
+  MSL_FN const constant T& operator[](ulong i) const constant { return element_[i]; }
   MSL_FN constexpr ulong size() const { return N; }
 };
 
-template <class T> struct numeric_limits;
+template <class T> struct _numeric_limits_impl;
+template <class T> struct numeric_limits : _numeric_limits_impl<T> {};
 #define MSL_INTEGER_LIMITS(T, MIN, MAX, SIGNED)                                          \
-  template <> struct numeric_limits<T> {                                                 \
+  template <> struct _numeric_limits_impl<T> {                                                 \
     MSL_FN static constexpr T min() { return MIN; }                                      \
     MSL_FN static constexpr T max() { return MAX; }                                      \
     MSL_FN static constexpr T lowest() { return MIN; }                                   \
@@ -178,7 +209,7 @@ MSL_INTEGER_LIMITS(uint, 0u, 4294967295u, false)
 MSL_INTEGER_LIMITS(long, (-9223372036854775807L - 1), 9223372036854775807L, true)
 MSL_INTEGER_LIMITS(ulong, 0ul, 18446744073709551615ul, false)
 #define MSL_FLOAT_LIMITS(T, MIN, MAX, EPSILON, DIGITS)                                   \
-  template <> struct numeric_limits<T> {                                                 \
+  template <> struct _numeric_limits_impl<T> {                                                 \
     MSL_FN static constexpr T min() { return (T)MIN; }                                   \
     MSL_FN static constexpr T max() { return (T)MAX; }                                   \
     MSL_FN static constexpr T lowest() { return (T)(-MAX); }                             \

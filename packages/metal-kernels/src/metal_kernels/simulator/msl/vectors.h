@@ -97,6 +97,9 @@ template <class T> struct msl_cast_to {
   template <class A> MSL_FN constexpr T operator->*(A a) const { return msl_convert<T, msl_bare<A>>(a); }
 };
 
+// c ? a : b
+template <class T> MSL_FN constexpr T msl_value(T a) { return a; }
+
 // static_cast<T>(a)
 template <class T, class A> MSL_FN constexpr T msl_static_cast(A a) { return msl_convert<T, msl_bare<A>>(a); }
 
@@ -119,6 +122,11 @@ template <class V, class... R> MSL_FN constexpr V msl_list(R... r) {
 #pragma clang diagnostic ignored "-Wc++11-narrowing"
 #define MSL_AGGREGATE(...) \
   template <class T, enable_if_t<__is_class(T) || __is_union(T), bool> = true> MSL_FN operator T() const { return T{__VA_ARGS__}; }
+template <class A> struct msl_braced1 {
+  A a;
+  template <class T, enable_if_t<!__is_class(T) && !__is_union(T), bool> = true> MSL_FN operator T() const { return T{a}; }
+  MSL_AGGREGATE(a)
+};
 template <class A, class B> struct msl_braced2 {
   A a; B b;
   template <class T> MSL_FN operator vec<T, 2>() const { return msl_make<vec<T, 2>>(a, b); }
@@ -135,6 +143,7 @@ template <class A, class B, class C, class D> struct msl_braced4 {
   MSL_AGGREGATE(a, b, c, d)
 };
 #pragma clang diagnostic pop
+template <class A> MSL_FN msl_braced1<A> msl_braced(A a) { return {a}; }
 template <class A, class B> MSL_FN msl_braced2<A, B> msl_braced(A a, B b) { return {a, b}; }
 template <class A, class B, class C> MSL_FN msl_braced3<A, B, C> msl_braced(A a, B b, C c) { return {a, b, c}; }
 template <class A, class B, class C, class D> MSL_FN msl_braced4<A, B, C, D> msl_braced(A a, B b, C c, D d) {
