@@ -1,10 +1,10 @@
 """Decodes hybrid and latent models on a GPU, without vLLM, beside mlx-lm's BatchGenerator in the same run.
 
-The models have random weights and the shapes that ``MODELS`` names. Before anything is timed, hidden rows of the
-fused decode step and of the model's own modules, after a prompt and some tokens of several requests, are compared
-with float32's. Run it on a machine with an NVIDIA GPU or on a Mac: ``python benchmarks/kernels/hybrid_loop.py``.
-``--plain`` also times the model's own modules over the paged cache; ``--only lfm2`` runs one model, ``--batch 8`` one
-batch.
+The models have random weights and the shapes that ``hybrid_models`` names. Before anything is timed, hidden rows of
+the compiled decode step and of the model's own modules, after a prompt and some tokens of several requests, are
+compared with float32's. Run it on a machine with an NVIDIA GPU or on a Mac:
+``python benchmarks/kernels/hybrid_loop.py``. ``--plain`` also times the model's own modules over the paged cache,
+uncompiled; ``--only lfm2`` runs one model, ``--batch 8`` one batch.
 """
 
 import argparse
@@ -17,132 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from decode_loop import Loop, mlx_lm_rate, timed, tokens_per_second
+from hybrid_models import MODELS
 
 from metal_kv import AttentionMetadata, CacheGroup, CacheLayout, KVCachePool, unify_page_sizes
 from metal_kv.spec import AttentionSpec, LatentSpec, RecurrentStateSpec
 from metal_models import PagedModel
 from metal_models.registry import build
 
-_COMMON = {"vocab_size": 65536, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-_GATED_DELTA = _COMMON | {
-    "hidden_size": 2048,
-    "head_dim": 256,
-    "num_key_value_heads": 2,
-    "linear_num_key_heads": 16,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
-    "partial_rotary_factor": 0.25,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-_EXPERTS = {"num_experts": 64, "num_experts_per_tok": 10, "moe_intermediate_size": 512}
-_LATENT = _COMMON | {
-    "model_type": "deepseek_v3",
-    "hidden_size": 2048,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "intermediate_size": 8192,
-    "moe_intermediate_size": 1408,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "rope_scaling": None,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3.5": {  # as Qwen3.5-2B, dense
-        "model_type": "qwen3_5",
-        "text_config": _GATED_DELTA
-        | {
-            "model_type": "qwen3_5",
-            "num_hidden_layers": 24,
-            "num_attention_heads": 8,
-            "linear_num_value_heads": 16,
-            "intermediate_size": 6144,
-            "rope_parameters": None,
-        },
-    },
-    "qwen3-next": _GATED_DELTA  # a quarter of its layers, an eighth of its experts
-    | _EXPERTS
-    | {
-        "model_type": "qwen3_next",
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "linear_num_value_heads": 32,
-        "intermediate_size": 5120,
-        "shared_expert_intermediate_size": 512,
-    },
-    "lfm2": _COMMON  # as LFM2-1.2B
-    | {
-        "model_type": "lfm2",
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "norm_eps": 1e-5,
-        "conv_bias": False,
-        "conv_L_cache": 3,
-        "block_dim": 2048,
-        "block_ff_dim": 12288,
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": True,
-        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-    },
-    "mamba2": _COMMON  # as Mamba2-1.3B
-    | {
-        "model_type": "mamba2",
-        "hidden_size": 2048,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 48,
-        "num_heads": 64,
-        "head_dim": 64,
-        "state_size": 128,
-        "conv_kernel": 4,
-        "n_groups": 1,
-        "layer_norm_epsilon": 1e-5,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "tie_word_embeddings": True,
-        "time_step_limit": [0.0, 1e9],
-        "time_step_rank": "auto",
-    },
-    "granite-hybrid": _COMMON  # as Granite 4.0 H Micro
-    | {
-        "model_type": "granitemoehybrid",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "shared_intermediate_size": 8192,
-        "num_hidden_layers": 40,
-        "layer_types": [("attention" if layer in (5, 15, 25, 35) else "mamba") for layer in range(40)],
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "attention_bias": False,
-        "position_embedding_type": "nope",
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.015625,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "mamba_n_heads": 64,
-        "mamba_d_head": 64,
-        "mamba_d_state": 128,
-        "mamba_d_conv": 4,
-        "mamba_n_groups": 1,
-        "mamba_expand": 2,
-        "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
-    },
-    "latent": _LATENT | {"num_hidden_layers": 24, "n_routed_experts": None},
-    "latent-experts": _LATENT | {"num_hidden_layers": 12, "n_routed_experts": 64, "first_k_dense_replace": 1},
-}
 BATCHES = (1, 8, 32)
 BLOCK_SIZE = 16
 STEPS_IN_ALL = 240
@@ -175,12 +56,14 @@ class HybridLoop(Loop):
         states_alone = all(isinstance(spec, RecurrentStateSpec) for spec in specs.values())
         specs = unify_page_sizes(specs, state_block_size=context + steps if states_alone else None)
         by_kind: dict[Any, list[str]] = {}
+        alike = len({spec.page_size_bytes for spec in specs.values()}) == 1
         for name, spec in specs.items():
-            by_kind.setdefault(spec, []).append(name)
-        self.groups = [
-            CacheGroup(tuple(names), spec, BLOCK_SIZE if isinstance(spec, AttentionSpec | LatentSpec) else None)
-            for spec, names in by_kind.items()
-        ]
+            by_kind.setdefault(spec if alike else None, []).append(name)
+        self.groups = []
+        for names in by_kind.values():
+            kinds = tuple(specs[name] for name in names)
+            rows = isinstance(kinds[0], AttentionSpec | LatentSpec)
+            self.groups.append(CacheGroup(tuple(names), kinds, BLOCK_SIZE if rows else None))
         blocks = [-(-(context + steps) // group.block_size) for group in self.groups]
         ids = np.random.default_rng(0).permutation(reqs * sum(blocks)).astype(np.int32) + 1
         bounds = np.cumsum([0, *(reqs * count for count in blocks)])

@@ -1,12 +1,13 @@
 """Layers that keep keys and values, and what is seen of them while a model is traced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 from metal_models.cache_view import CacheView, PagedView, Step
+from metal_models.decode_views import DecodeView, RowStep, attention_packer
 from metal_models.latent_layer import LatentLayer
 from metal_models.layer import Layer, UnusedLayer
 
@@ -22,6 +23,7 @@ class AttentionLayer(Layer):
         dtype: Of the stored rows.
         window: Widest window that a read of this layer asks for; None reads everything.
         kept: What the model's own cache would keep: the window of reads that ask for none.
+        q_heads: Most heads of queries that read it.
     """
 
     num_kv_heads: int
@@ -30,6 +32,7 @@ class AttentionLayer(Layer):
     dtype: mx.Dtype
     window: int | None
     kept: int | None = None
+    q_heads: int = field(default=0, compare=False)
 
     def specs(self, name: str, block_size: int) -> dict[str, KVCacheSpec]:
         """Return the one spec; narrower keys or values are padded to the wider of the two."""
@@ -52,6 +55,12 @@ class AttentionLayer(Layer):
         """Return a view over the layer's pages."""
         return PagedView(step, self.kept, pool.layer(f"{name}.attn"), self.key_size, self.value_size)
 
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> DecodeView:
+        """Return a view for compiled steps."""
+        cache = pool.layer(f"{name}.attn")
+        packer = attention_packer(cache, self.window, self.q_heads, in_place=step.in_place)
+        return DecodeView(step, self.kept, cache, (self.key_size, self.value_size), packer)
+
 
 class NotingView(CacheView):
     """Stores nothing and returns zeros, noting shapes and windows."""
@@ -61,6 +70,7 @@ class NotingView(CacheView):
         self.stored: tuple[mx.array, mx.array] | None = None
         self.reads: list[int | None] = []
         self.latent_reads = 0
+        self.q_heads = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Note the rows and return them."""
@@ -83,6 +93,7 @@ class NotingView(CacheView):
         """Note the window and return zeros as wide as a value."""
         del scale, soft_cap, sinks
         self.reads.append(self.window_of(mask))
+        self.q_heads = max(self.q_heads, queries.shape[1])
         _, values = self.keys_and_values()
         return mx.zeros((*queries.shape[:3], values.shape[-1]), queries.dtype)
 
@@ -93,6 +104,7 @@ class NotingView(CacheView):
         if queries.shape[-1] != latent.shape[-1] or latent.shape[1] != 1:
             raise TypeError(f"a layer reads latents {latent.shape} with queries {queries.shape}")
         self.latent_reads += 1
+        self.q_heads = max(self.q_heads, queries.shape[1])
         return mx.zeros(queries.shape, queries.dtype)
 
     def note(self) -> Layer:
@@ -103,9 +115,10 @@ class NotingView(CacheView):
         if values.shape[-1] == 0 and not self.reads and self.window is None:
             return LatentLayer(keys.shape[-1], 0, keys.dtype)
         if self.latent_reads and not self.reads and self.window is None:
-            return LatentLayer(keys.shape[-1], values.shape[-1], keys.dtype)
+            return LatentLayer(keys.shape[-1], values.shape[-1], keys.dtype, self.q_heads)
         if not self.reads or self.latent_reads:
             raise TypeError("a layer attends with code of its own instead of the shared attention function")
         windows = [window for window in self.reads if window is not None]
         window = max(windows) if len(windows) == len(self.reads) else None
-        return AttentionLayer(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, window, self.window)
+        sizes = (keys.shape[1], keys.shape[-1], values.shape[-1])
+        return AttentionLayer(*sizes, keys.dtype, window, self.window, self.q_heads)

@@ -10,8 +10,10 @@ from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
 from metal_models.attention_layer import AttentionLayer, NotingView
 from metal_models.cache_view import PagedView, Step
+from metal_models.decode_views import DecodeView, RowStep, attention_packer
 from metal_models.errors import MetalModelsError
 from metal_models.layer import Layer
+from metal_models.packed_plan import PlanPacker
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,33 @@ class ChunkedLayer(AttentionLayer):
         """Return a view over the layer's pages."""
         assert self.window is not None
         layer = pool.layer(f"{name}.attn")
-        block_size = layer.kv_cache.shape[2]
+        self._check(layer.kv_cache.shape[2])
+        return ChunkedView(step, self.window, layer, self.key_size, self.value_size)
+
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> DecodeView:
+        """Return a view for compiled steps."""
+        cache = pool.layer(f"{name}.attn")
+        self._check(cache.kv_cache.shape[2])
+        rows = attention_packer(cache, self.window, self.q_heads, in_place=step.in_place)
+        return DecodeView(step, self.window, cache, (self.key_size, self.value_size), ChunkPacker(**vars(rows)))
+
+    def _check(self, block_size: int) -> None:
+        assert self.window is not None
         if self.window % block_size:
             raise MetalModelsError(
                 f"[load] expected a block size that divides the attention chunk of {self.window} tokens, got "
                 f"{block_size}. Choose such a block size (VLLM_METAL_BLOCK_SIZE)."
             )
-        return ChunkedView(step, self.window, layer, self.key_size, self.value_size)
+
+
+@dataclass(frozen=True)
+class ChunkPacker(PlanPacker):
+    """Packs rows that see their own chunk; its size is the window."""
+
+    def seen(self, batch: RaggedBatch) -> RaggedBatch:
+        """Return the requests, each with the keys of its last chunk."""
+        assert self.window is not None
+        return _by_chunk(batch, self.window, self.block_size)
 
 
 class NotingChunks(NotingView):

@@ -1,5 +1,6 @@
 """Steps of one row per request: a compiled graph for each bucket of sizes."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,15 @@ from metal_kv.layer_cache import LayerCache
 from metal_kv.spec import RecurrentStateSpec
 from metal_models.step_memory import BUCKETS, MIN_ELEMENTS, StepMemory, bucket, on_device
 from metal_models.step_rows import Packer, StepRows
+
+logger = logging.getLogger(__name__)
+
+_READS_VALUES = "during function transformations"  # what MLX says of an evaluation while it traces
+
+
+class NotCompiledError(Exception):
+    """A step cannot be compiled; the text says why in one clause."""
+
 
 _Sizes = tuple[int, tuple[tuple[Any, int], ...]]
 """Padded requests; for each packer its sizes and how many numbers it packed."""
@@ -44,6 +54,7 @@ class CompiledStep:
         self._compiled = compiled
         self._memory = StepMemory()
         self._graphs: dict[_Sizes, Callable[[mx.array, mx.array], mx.array]] = {}
+        self._refused: set[_Sizes] = set()
         self._last: mx.array | None = None
 
     def serves(self, metadata: Sequence[AttentionMetadata]) -> bool:
@@ -53,15 +64,20 @@ class CompiledStep:
 
     def __call__(
         self, token_ids: Int32[mx.array, "tokens"], metadata: Sequence[AttentionMetadata]
-    ) -> Float[mx.array, "tokens hidden"]:
+    ) -> Float[mx.array, "tokens hidden"] | None:
         """Write the step's rows and states and return its hidden rows, lazily.
 
         Args:
             token_ids: One id for each request.
             metadata: One per cache group.
+
+        Returns:
+            The rows; None, with nothing done, where steps of such sizes cannot be compiled, which the log says once.
         """
         rows = metadata[0].batch.num_reqs
         sizes, packed = self._packed(metadata)
+        if sizes in self._refused:
+            return None
         graph = self._graphs.get(sizes)
         if graph is None:
             graph = partial(self._run, sizes)
@@ -70,9 +86,23 @@ class CompiledStep:
         if rows < sizes[0]:
             token_ids = mx.pad(token_ids, (0, sizes[0] - rows))
         slot = self._memory.filled(packed)
-        slot.reader = hidden = graph(token_ids, slot.array)
+        try:
+            slot.reader = hidden = graph(token_ids, slot.array)
+        except NotCompiledError as error:
+            self._refuse(sizes, str(error))
+            return None
+        except (RuntimeError, ValueError) as error:
+            if _READS_VALUES not in str(error):
+                raise
+            self._refuse(sizes, "a module reads values on the host")
+            return None
         self._keep_order(hidden)
         return hidden[:rows] if rows < sizes[0] else hidden
+
+    def _refuse(self, sizes: _Sizes, why: str) -> None:
+        if not self._refused:
+            logger.info("Decode steps run on the model's modules without being compiled: %s.", why)
+        self._refused.add(sizes)
 
     def _packed(self, metadata: Sequence[AttentionMetadata]) -> tuple[_Sizes, Int32[np.ndarray, "elements"]]:
         """Return positions, then what the packers pack, as one array: it travels to the device at once."""

@@ -1,7 +1,7 @@
 """Layers of multi-head latent attention: one latent row per token, shared by all heads."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -10,6 +10,7 @@ from metal_kv.layer_cache import LayerCache
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec, LatentSpec
 from metal_models.cache_view import CacheView, Step
+from metal_models.decode_views import LatentDecodeView, RowStep, latent_packer
 from metal_models.layer import Layer
 
 
@@ -21,11 +22,13 @@ class LatentLayer(Layer):
         latent_size: Width of the compressed keys and values.
         rope_size: Width of the rotary part of a key.
         dtype: Of the stored rows.
+        q_heads: Most heads of queries that read them.
     """
 
     latent_size: int
     rope_size: int
     dtype: mx.Dtype
+    q_heads: int = field(default=0, compare=False)
 
     def specs(self, name: str, block_size: int) -> dict[str, KVCacheSpec]:
         """Return the one spec."""
@@ -37,6 +40,12 @@ class LatentLayer(Layer):
     def view(self, name: str, step: Step, pool: KVCachePool) -> "LatentView":
         """Return a view over the layer's pages."""
         return LatentView(step, pool.layer(f"{name}.attn"), self.rope_size)
+
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> LatentDecodeView:
+        """Return a view for compiled steps."""
+        cache = pool.layer(f"{name}.attn")
+        packer = latent_packer(cache, self.q_heads, in_place=step.in_place)
+        return LatentDecodeView(step, cache, self.rope_size, packer)
 
 
 class LatentView(CacheView):

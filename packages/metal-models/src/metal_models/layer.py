@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec
 from metal_models.cache_view import CacheView, Step
+from metal_models.decode_views import RowStep
 
 
 class Layer(ABC):
@@ -20,6 +21,14 @@ class Layer(ABC):
     @abstractmethod
     def view(self, name: str, step: Step, pool: KVCachePool) -> Any:
         """Return the view over what ``specs(name, …)`` put into ``pool``."""
+
+    @abstractmethod
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> Any:
+        """Return the same for steps of one row per request that are compiled.
+
+        Raises:
+            NotCompiledError: No kernel does what they need.
+        """
 
 
 @runtime_checkable
@@ -54,6 +63,10 @@ class UnusedLayer(Layer):
         """Return a view that knows positions and makes masks."""
         del name, pool
         return CacheView(step, self.window)
+
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> CacheView:
+        """Return such a view."""
+        return self.view(name, step, pool)
 
 
 class ViewList:
@@ -91,6 +104,10 @@ class CompositeLayer(Layer):
     def view(self, name: str, step: Step, pool: KVCachePool) -> ViewList:
         """Return the views of all parts."""
         return ViewList([part.view(f"{name}.{index}", step, pool) for index, part in enumerate(self.parts)])
+
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> ViewList:
+        """Return the views of all parts."""
+        return ViewList([part.decode_view(f"{name}.{index}", step, pool) for index, part in enumerate(self.parts)])
 
 
 class NotingList(ViewList):

@@ -18,6 +18,7 @@ from metal_models.decode_families import decode_program
 from metal_models.head_split import HeadSplit
 from metal_models.layer import all_specs
 from metal_models.lora import LoraLayers
+from metal_models.module_step import module_step
 from metal_models.program_step import program_step
 from metal_models.quantized_heads import speed_up_heads
 from metal_models.registry import architecture_of
@@ -33,8 +34,8 @@ class PagedModel:
     Args:
         module: An mlx-lm model made by ``metal_models`` (see ``registry.model_classes``).
         config: As in the model's ``config.json``.
-        fused_decode: Whether steps of one row per request run as a compiled program of fused kernels, where the model
-            and the device have one; else everything runs on the model's own modules.
+        fused_decode: Whether steps of one row per request are compiled: as a program of fused kernels, where the model
+            and the device have one, or else on the model's own modules. Without, all steps run on these as they come.
         mla_kernel: Whether latent attention may use the GPU kernel; else it is plain MLX over gathered rows.
         gdn_kernel: Whether decode steps of gated delta nets may use the GPU kernel; else they run on the model's own
             modules.
@@ -73,6 +74,7 @@ class PagedModel:
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
         fused_decode = fused_decode and target() != "cpu"
         self._program = None
+        self._compiles = fused_decode
         if fused_decode:
             self._program = decode_program(module, gdn_kernel=gdn_kernel, mla_kernel=mla_kernel)
         self._decode_step: CompiledStep | None = None
@@ -118,7 +120,9 @@ class PagedModel:
             self._bind(pool)
         plain = embeddings is None and rope_positions is None and not bidirectional and not self.lora.active
         if self._decode_step is not None and plain and self._decode_step.serves(metadata):
-            return self._decode_step(token_ids, metadata)
+            rows = self._decode_step(token_ids, metadata)
+            if rows is not None:
+                return rows
         self._step.begin(metadata, Spans.of(bidirectional, architecture_of(self.config)))
         try:
             with self._row_inputs.applied(self._step.positions, embeddings, rope_positions):
@@ -144,6 +148,8 @@ class PagedModel:
         self._step = Step(self._mla_kernel)
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
         self._decode_step = program_step(self._program, list(self._trace.layers), pool)
+        if self._decode_step is None and self._compiles:
+            self._decode_step = module_step(self._split, self._trace.layers, pool, mla_kernel=self._mla_kernel)
         self._pool = pool
 
 

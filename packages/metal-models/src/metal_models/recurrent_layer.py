@@ -10,6 +10,7 @@ from mlx_lm.models.cache import ArraysCache
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec, RecurrentStateSpec
 from metal_models.cache_view import Step
+from metal_models.decode_views import RowStep, StateDecodeView
 from metal_models.layer import Layer, UnusedLayer
 from metal_models.module_calls import ModuleCalls
 from metal_models.sequences import StateView, run_over_sequences
@@ -37,6 +38,11 @@ class RecurrentLayer(Layer):
         """Return a view over the layer's pages; from now on ``module`` takes such views beside mlx-lm's caches."""
         run_over_sequences(self.module)
         return StateView(step, pool.layer(f"{name}.state"), len(self.shapes))
+
+    def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> StateDecodeView:
+        """Return a view for compiled steps; what ``view`` says of ``module`` holds here too."""
+        run_over_sequences(self.module)
+        return StateDecodeView(step, pool.layer(f"{name}.state"), len(self.shapes))
 
 
 class NotingStates(ArraysCache):
