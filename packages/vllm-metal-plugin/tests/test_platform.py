@@ -131,6 +131,9 @@ def test_prefix_cache_from_the_environment(  # type: ignore[no-untyped-def]
         ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "skip-layers"),
         ({"additional_config": {"kv_cache_dtype": {"key": "int5"}}}, "int5"),
         ({"load_format": "dummy"}, "--load-format"),
+        ({"cpu_offload_gb": 4}, "--cpu-offload-gb, got 4"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"attention_backend": "FLASH_ATTN"}, "--attention-backend, got FLASH_ATTN"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"logits_processors": ["some.module:Class"]}, "--logits-processors"),
         (

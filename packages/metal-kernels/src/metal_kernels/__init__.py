@@ -2,12 +2,10 @@
 
 from metal_kernels.blas import prefer_fast_blas
 from metal_kernels.command_buffers import allow_large_command_buffers
-from metal_kernels.freed_memory import keep_freed_memory
 
-# The first two only work before mlx.core is imported.
+# Both only work before mlx.core is imported.
 CPU_BLAS = prefer_fast_blas()
 allow_large_command_buffers()
-keep_freed_memory()
 
 # ruff: noqa: E402
 from metal_kernels import reference

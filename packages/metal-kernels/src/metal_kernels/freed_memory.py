@@ -19,7 +19,8 @@ _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNA
 def keep_freed_memory() -> bool:
     """Let the process keep up to 256 MB that it has freed; does nothing off Linux or without the mlx-cpu wheel.
 
-    Does nothing either where the environment has settings of its own for glibc.
+    Does nothing either where the environment has settings of its own for glibc. It holds for all of the process, so
+    a program asks for it, never a library when it is imported.
 
     Returns:
         Whether freed memory is kept.

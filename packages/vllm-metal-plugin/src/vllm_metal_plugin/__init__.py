@@ -32,6 +32,8 @@ def register_general() -> None:
     launch.print_own_errors()
     if not read_envs().use_mlx:
         return
+    import metal_kernels  # noqa: F401  before anything imports MLX: it chooses the BLAS
+
     register_with_vllm()
     upstream_fixes.install()
     launch.install()

@@ -177,6 +177,22 @@ def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
         yield (f"expected --load-format to be one of {', '.join(LOAD_FORMATS)}, got {load_format}. Drop the option.")
 
 
+def _device(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
+    offload, attention = config.offload_config, config.attention_config
+    for option, size in (
+        ("--cpu-offload-gb", offload.uva.cpu_offload_gb),
+        ("--offload-group-size", offload.prefetch.offload_group_size),
+        ("--kv-offloading-size", config.cache_config.kv_offloading_size),
+    ):
+        if size:
+            yield (
+                f"expected no {option}, got {size:g}. Weights and cache stay where MLX computes: drop the option, or "
+                "choose a smaller or more quantised model."
+            )
+    if attention.backend is not None:
+        yield f"expected no --attention-backend, got {attention.backend.name}. MLX has one: drop the option."
+
+
 CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _paged,
     _parallel,
@@ -187,4 +203,5 @@ CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (
     _lora,
     _multimodal,
     _loading,
+    _device,
 )

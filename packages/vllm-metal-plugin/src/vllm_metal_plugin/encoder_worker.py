@@ -3,11 +3,7 @@
 import time
 from typing import TYPE_CHECKING
 
-# isort: off
-import metal_kernels  # noqa: F401  first: chooses the BLAS before MLX is imported
 import mlx.core as mx
-
-# isort: on
 import numpy as np
 from vllm.v1.worker.worker_base import CompilationTimes
 

@@ -7,15 +7,13 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-# isort: off
-import metal_kernels  # first: chooses the BLAS before MLX is imported
 import mlx.core as mx
-
-# isort: on
 from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 import metal_models
+from metal_kernels import CPU_BLAS
+from metal_kernels.freed_memory import keep_freed_memory
 from metal_kv import (
     CacheGroup,
     KVCachePool,
@@ -63,7 +61,8 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         mx.set_cache_limit(memory.LEAST_BUFFER_CACHE_BYTES)
         logger.info("MLX %s on %s (%s)", version("mlx"), device_name(self.target), self.target)
         if self.target == "cpu":
-            logger.info("Matrix products on the CPU: %s", metal_kernels.CPU_BLAS)
+            keep_freed_memory()
+            logger.info("Matrix products on the CPU: %s", CPU_BLAS)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model from its local directory."""
