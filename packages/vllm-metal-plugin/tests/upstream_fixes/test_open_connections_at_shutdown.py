@@ -1,7 +1,10 @@
 """uvicorn gets a limit on how long open connections may delay the end."""
 
+import asyncio
 import inspect
+import logging
 
+import pytest
 import uvicorn
 from vllm.entrypoints.launchers import launcher
 
@@ -18,3 +21,13 @@ def test_every_server_has_a_limit_unless_it_says_otherwise() -> None:
     fix.install()
     assert uvicorn.Config(None).timeout_graceful_shutdown == fix.GRACE_S
     assert uvicorn.Config(None, timeout_graceful_shutdown=9).timeout_graceful_shutdown == 9
+
+
+def test_answers_that_the_limit_ends_leave_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    fix.install()
+    uvicorn.Config(None)
+    for error in (asyncio.CancelledError("timeout"), ValueError("a fault")):
+        logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
+    logged = capsys.readouterr().err
+    assert "ValueError: a fault" in logged
+    assert "CancelledError" not in logged
