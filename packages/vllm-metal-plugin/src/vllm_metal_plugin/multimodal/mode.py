@@ -17,8 +17,8 @@ COMPATIBLE = frozenset({"gemma4", "gemma4_unified", "qwen3_5", "qwen3_5_moe"})
 _TOWER_CONFIGS = ("vision_config", "audio_config", "vision_tower_config", "vit_config")
 _TOWER_TENSORS = ("vision", "visual", "vit", "audio", "siglip", "multi_modal_projector", "mm_projector", "sam_model")
 _NEED_TORCHVISION = (
-    "deepseek_vl_v2", "glm4v", "glm_ocr", "internvl_chat", "qwen2_vl", "qwen2_5_vl", "qwen3_omni", "qwen3_vl", "qwen3_5",
-    "paddleocr_vl",
+    "deepseek_vl_v2", "glm4v", "glm_ocr", "internvl_chat", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_5",
+    "qwen3_omni", "qwen3_vl",
 )  # fmt: skip
 """First letters of the ``model_type`` of wrappers whose code in vLLM imports torchvision, images or not."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
