@@ -189,7 +189,8 @@ def _device(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
                 f"expected no {option}, got {size:g}. Weights and cache stay where MLX computes: drop the option, or "
                 "choose a smaller or more quantised model."
             )
-    if attention.backend is not None:
+    # vLLM itself asks for Triton's for Gemma 4 and others.
+    if attention.backend is not None and attention.backend.name != "TRITON_ATTN":
         yield f"expected no --attention-backend, got {attention.backend.name}. MLX has one: drop the option."
 
 
