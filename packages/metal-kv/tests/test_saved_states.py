@@ -6,7 +6,7 @@ import pytest
 
 from metal_kv import CacheGroup, CacheLayout, KVCachePool, RecurrentStateSpec, SavedStates
 
-SPEC = RecurrentStateSpec(64, ((3, 4), (5,)), (mx.float32, mx.float16))
+SPEC = RecurrentStateSpec(64, ((3, 4), (6,)), (mx.float32, mx.float16))
 
 
 @pytest.fixture

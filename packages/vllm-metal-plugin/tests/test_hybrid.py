@@ -146,13 +146,13 @@ def test_states_beside_quantised_rows(engine: Engine, delta_net: tuple[Path, Tok
     assert cached[-1] == 80
 
 
-def test_wrong_drafts_are_taken_back_from_states(engine: Engine, delta_net: tuple[Path, Tokens]) -> None:
+def test_wrong_drafts_are_taken_back_from_states(engine: Engine) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, allowed_token_ids=[5, 9, 17])
+    plain = generate(engine(enable_prefix_caching=False), PROMPTS, params)
     llm = engine(speculative_config=drafts, disable_log_stats=False)
     assert not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    prompts = [[1, 5, 9, 5, 9, 5], *PROMPTS[1:]]
-    assert generate(llm, prompts, params)[0] == [delta_net[1](prompt, 40) for prompt in prompts]
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    drafted, kept = (values[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert generate(llm, PROMPTS, params) == plain
+    names = [f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted")]
+    drafted, kept = (sum(metric.value for metric in llm.get_metrics() if metric.name == name) for name in names)
     assert drafted > kept > 0

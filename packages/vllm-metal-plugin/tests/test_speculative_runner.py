@@ -35,10 +35,11 @@ def generate(llm: LLM, params: Any, prompts: Sequence[Sequence[int]] = PROMPTS) 
 
 def kept(llm: LLM) -> tuple[float, float]:
     """Return how many tokens were drafted, and how many of them were kept."""
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    names = ("num_draft_tokens", "num_accepted_tokens")
-    drafted, accepted = (values[f"vllm:spec_decode_{name}"] for name in names)
-    return drafted, accepted
+    return counted(llm, "spec_decode_num_draft_tokens"), counted(llm, "spec_decode_num_accepted_tokens")
+
+
+def counted(llm: LLM, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
 def test_greedy_tokens_are_those_of_mlx_lm(engine: Callable[..., LLM], mlx_lm_tokens: Generate) -> None:
@@ -80,8 +81,7 @@ def test_preempted_requests_resume(engine: Callable[..., LLM], mlx_lm_tokens: Ge
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     got = [list(out.token_ids) for out in generate(llm, params, prompts)]
     assert got == [mlx_lm_tokens(prompt, 30) for prompt in prompts]
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    assert values["vllm:num_preemptions"] > 0
+    assert counted(llm, "num_preemptions") > 0
 
 
 def test_a_request_fills_the_context(engine: Callable[..., LLM], mlx_lm_tokens: Generate) -> None:
