@@ -52,6 +52,7 @@ class Case:
     video: Callable[[int, int, int], Piece] | None = None
     audio: Callable[[], Piece] | None = None
     padded: set[str] = field(default_factory=set)
+    listed: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=lambda: {"pixel_values", "pixel_values_videos"})
     renamed: dict[str, str] = field(default_factory=dict)
     adjust: Callable[[dict[str, Any]], None] = lambda inputs: None
@@ -465,6 +466,40 @@ def ocr2_model(config: dict[str, Any]) -> Any:
     return transformers_model(made)
 
 
+def minicpm_slices(sizes: Sequence[tuple[int, int]], token: int, prefix: str) -> tuple[list[int], dict[str, Any]]:
+    """Return tokens and data of slices; the strips of shorter ones are padded."""
+    longest = max(rows * columns for rows, columns in sizes)
+    strips = RNG.standard_normal((len(sizes), 3, 4, 4 * longest)).astype(np.float32)
+    tokens = []
+    for strip, (rows, columns) in zip(strips, sizes, strict=True):
+        strip[:, :, 4 * rows * columns :] = 0
+        tokens += [START, *[token] * (rows * columns // 16), END]
+    flags = {f"{prefix}use_vit_merger": np.array([True])}
+    return tokens, {f"{prefix}pixel_values": strips, f"{prefix}tgt_sizes": np.array(sizes)} | flags
+
+
+def minicpm_image(rows: int, columns: int) -> Piece:
+    tokens, data = minicpm_slices([(4, 8), (2 * rows, 12)], IMAGE, "")
+    return Piece(tokens, "image", [token == IMAGE for token in tokens], data)
+
+
+def minicpm_video(times: int, rows: int, columns: int) -> Piece:
+    tokens, data = minicpm_slices([(rows, 2 * columns)] * times, VIDEO, "video_")
+    return Piece(tokens, "video", [token == VIDEO for token in tokens], data)
+
+
+def join_strips(inputs: dict[str, Any]) -> None:
+    """Put strips side by side without their padding, as transformers takes them."""
+    for prefix, suffix in (("", ""), ("video_", "_videos")):
+        if f"{prefix}tgt_sizes" not in inputs:
+            continue
+        strips, sizes = inputs.pop(f"{prefix}pixel_values"), inputs.pop(f"{prefix}tgt_sizes")
+        inputs.pop(f"{prefix}use_vit_merger")
+        own = [strip[..., : 4 * int(size.prod())] for strip, size in zip(strips, sizes, strict=True)]
+        inputs[f"pixel_values{suffix}"] = torch.cat(own, dim=-1)[None]
+        inputs[f"target_sizes{suffix}"] = sizes
+
+
 def between(mark: int, piece: Piece, end: int) -> Piece:
     """Return a piece between two marks that say what it is."""
     return Piece([mark, *piece.tokens, end], piece.modality, [False, *[True] * len(piece.tokens), False], piece.data)
@@ -542,6 +577,10 @@ CASES = {
     "llava_next": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
     "llava_onevision": Case(cropped_image(1), onevision_video, joined=set(), padded={"pixel_values"}),
     "llava_siglip": Case(square_image(1, 16)),
+    "minicpmv4_6": Case(
+        minicpm_image, minicpm_video, joined={"tgt_sizes", "video_pixel_values", "video_tgt_sizes"},
+        listed={"pixel_values"}, adjust=join_strips,
+    ),
     "mistral3": Case(mistral_image, joined=set(), adjust=add_sizes),
     "paddleocr_vl": Case(paddle_image),
     "pixtral": Case(pixtral_image, joined=set(), adjust=add_sizes),
@@ -696,6 +735,9 @@ def reference_inputs(case: Case, tokens: Sequence[int], items: Sequence[Multimod
         if name in case.padded:
             longest = max(len(array) for array in arrays)
             arrays = [np.concatenate([array, np.zeros_like(array)])[:longest] for array in arrays]
+        if name in case.listed:
+            inputs[name] = [torch.from_numpy(part) for array in arrays for part in array]
+            continue
         joined = np.concatenate(arrays) if name in case.joined else np.stack(arrays)
         inputs[case.renamed.get(name, name)] = torch.from_numpy(joined)
     if items:

@@ -54,6 +54,7 @@ _WRAPPED = {
     "llava",
     "llava_next",
     "llava_onevision",
+    "minicpmv4_6",
     "paddleocr_vl",
     "qwen3_omni_moe",
     "smolvlm",

@@ -17,6 +17,7 @@ _SAME: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"model_type": "glm4", "attention_bias": False},
     "paddleocr_vl": {"model_type": "llama"},
     "paddleocr_vl_text": {"model_type": "llama"},
+    "qwen3_5_text": {"model_type": "qwen3_5"},
     "qwen3_omni_moe_text": {"model_type": "qwen3_moe"},
 }
 
@@ -28,9 +29,9 @@ _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
 
 # How the names of tensors that are no language model's begin, after "model." or "thinker.".
 _ENCODERS = (
-    "audio_tower.", "code2wav.", "connector.", "image_newline", "mlp1.", "mlp_AR.", "multi_modal_projector.",
-    "projector.", "qwen2_model.", "sam_model.", "talker.", "view_seperator", "vision_model.", "vision_tower.",
-    "visual.",
+    "audio_tower.", "code2wav.", "connector.", "image_newline", "merger.", "mlp1.", "mlp_AR.",
+    "multi_modal_projector.", "projector.", "qwen2_model.", "sam_model.", "talker.", "view_seperator", "vision_model.",
+    "vision_tower.", "visual.",
 )  # fmt: skip
 
 
@@ -94,6 +95,11 @@ class Model(nn.Module):
     def layers(self) -> Any:
         """The language model's layers."""
         return self.language_model.layers
+
+    @property
+    def cast_predicate(self) -> Any:
+        """Which parameters may be cast, by name."""
+        return getattr(self.language_model, "cast_predicate", lambda name: True)
 
     def make_cache(self) -> Any:
         """Return the caches that the language model wants."""

@@ -38,6 +38,7 @@ FAMILIES = {
     "llava_next": "llava_next",
     "llava_next/siglip_vision_model": "granite_vision",
     "llava_onevision": "llava_onevision",
+    "minicpmv4_6": "minicpmv4_6",
     "mistral3": "mistral3",
     "paddleocr_vl": "paddleocr_vl",
     "qwen2_5_vl": "qwen2_5_vl",

@@ -38,7 +38,6 @@ REFUSED: dict[str, str] = {
     "mage_vl": _NOT_IN_VLLM,
     "mimo_v2": _NOT_COMPARED,
     "minicpmo": _NOT_COMPARED,
-    "minicpmv4_6": _NOT_COMPARED,
     "minicpmv4_7": _NOT_COMPARED,
     "minimax_m3_vl": _NOT_COMPARED,
     "mistral_large3": _NOT_COMPARED,
