@@ -36,10 +36,10 @@ supported architecture is compared with mlx-lm's own generation, in full precisi
 (`packages/metal-models/tests/test_parity.py`). The verdicts are those of a Linux machine without a GPU.
 
 What decides is what the layers ask of their cache, so options in a config can matter. Other configs of these
-architectures, popular checkpoints' flags at small sizes among them, are in `tests/config_variants`. Rotary embeddings
-with `dynamic` scaling turn a token beyond `max_position_embeddings` by its own position, not by the end of the piece
-of the prompt that it came in. How weights may be stored and quantised is another question: see
-[weight formats](weight-formats.md).
+architectures, popular checkpoints' flags at small sizes among them, are in
+`packages/metal-models/tests/config_variants`. Rotary embeddings with `dynamic` scaling turn a token beyond
+`max_position_embeddings` by its own position, not by the end of the piece of the prompt that it came in. How weights
+may be stored and quantised is another question: see [weight formats](weight-formats.md).
 
 mlx-lm also loads these types as another architecture: {aliases}.
 `qwen3_5_text` and `qwen3_5_moe_text`, language models without the wrapper, are loaded as `qwen3_5` and `qwen3_5_moe`.

@@ -37,14 +37,15 @@ Paged attention memory breakdown: metal_limit=51.54GB, fraction=0.90, usable_met
 
 | `VLLM_METAL_MEMORY_FRACTION` | `VLLM_METAL_USE_PAGED_ATTENTION` | |
 |---|---|---|
-| `auto` | `0` | the contiguous MLX path; not in this version |
+| `auto` | `0` | mlx-lm's own caches; see [Memory](memory.md#without-pages) |
 | `auto` | `1` | paged cache, share as above |
 | `0.7` | `1` | paged cache with an explicit share |
 | `0.7` | `0` | an error: the share is the budget of the paged cache |
 
-When weights and one step do not fit, the launch ends with the same numbers and the value that would fit.
-When they fit but one request of the model's full length does not, vLLM says the longest length that
-does; pass it as `--max-model-len`.
+When weights, one step and one request of the model's full length do not fit, the launch ends with the
+same numbers and with every single change that would do, `--max-model-len` and its value among them.
+
+Where models come from has variables of its own: [Hub and command line](hub.md#variables).
 """
 
 

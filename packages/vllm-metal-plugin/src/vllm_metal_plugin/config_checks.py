@@ -178,7 +178,7 @@ def _loading(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
 
 
 def _device(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
-    offload, attention = config.offload_config, config.attention_config
+    offload = config.offload_config
     for option, size in (
         ("--cpu-offload-gb", offload.uva.cpu_offload_gb),
         ("--offload-group-size", offload.prefetch.offload_group_size),
@@ -189,9 +189,6 @@ def _device(config: "VllmConfig", envs: MetalEnvs) -> Iterator[str]:
                 f"expected no {option}, got {size:g}. Weights and cache stay where MLX computes: drop the option, or "
                 "choose a smaller or more quantised model."
             )
-    # vLLM itself asks for Triton's for Gemma 4 and others.
-    if attention.backend is not None and attention.backend.name != "TRITON_ATTN":
-        yield f"expected no --attention-backend, got {attention.backend.name}. MLX has one: drop the option."
 
 
 CHECKS: tuple[Callable[["VllmConfig", MetalEnvs], Iterator[str]], ...] = (

@@ -147,7 +147,7 @@ TABLE: tuple[EnvVar, ...] = (
     ),
     EnvVar(
         "VLLM_METAL_MODELSCOPE_CACHE", "modelscope_cache", _text, "a directory", "unset", None,
-        "Where ModelScope snapshots are kept.",
+        "A further ModelScope cache, from which files are taken instead of fetched.",
     ),
     EnvVar(
         "VLLM_METAL_PREFIX_CACHE", "prefix_cache", _flag, _BOOL, "unset", None,

@@ -77,6 +77,10 @@ def prepare(engine_args: Any) -> None:
         engine_args.tokenizer = (
             path if tokenizer == typed else resolve(tokenizer, engine_args.tokenizer_revision or engine_args.revision)
         )
+    backend = engine_args.attention_backend
+    if backend is not None:  # not in the finished configuration, where vLLM chooses one for some models
+        name = getattr(backend, "name", backend)
+        raise UnsupportedConfigError(f"[config] expected no --attention-backend, got {name}. MLX has one: drop it.")
     check_model_files(path)
     if engine_args.quantization is not None:
         check_names_method(path, str(engine_args.quantization))
