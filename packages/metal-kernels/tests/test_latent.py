@@ -109,7 +109,7 @@ def test_refusals():
         mla_attention(mx.zeros((4, 2, 8)), mx.zeros((4, 2, 3)), mx.zeros((blocks, 4, 11)), batch, scale=1.0)
     with pytest.raises(MetalKernelsError, match="query_rope"):
         mla_attention(mx.zeros((4, 2, 8)), mx.zeros((4, 2, 3)), cache, batch, scale=1.0)
-    with pytest.raises(MetalKernelsError, match="query_latent"):
+    with pytest.raises(MetalKernelsError, match="expected query of shape"):
         mla_attention(mx.zeros((5, 2, 8)), mx.zeros((5, 2, 4)), cache, batch, scale=1.0)
     with pytest.raises(MetalKernelsError, match="blocks for 10 tokens"):
         mla_attention(mx.zeros((4, 2, 8)), mx.zeros((4, 2, 4)), mx.zeros((blocks, 1, 12)), batch, scale=1.0)

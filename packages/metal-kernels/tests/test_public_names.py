@@ -15,6 +15,7 @@ def test_exported_names():
         "ElementFormat",
         "GatedDeltaRows",
         "HeadPart",
+        "LatentProjections",
         "LinearWeights",
         "Mamba2Rows",
         "MetalKernelsError",

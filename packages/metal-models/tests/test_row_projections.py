@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 
 from metal_models import PagedModel
-from metal_models.row_projections import multiply_rows_together
+from metal_models.row_projections import PENDING, multiply_rows_together
 
 
 class Two(nn.Module):
@@ -45,3 +45,38 @@ def test_arrays_are_shared(tiny: Callable[..., PagedModel]) -> None:
     multiply_rows_together(model)
     assert model.inner[0].weight is weight
     assert tiny("deepseek_v3").module.model.layers[0].self_attn.embed_q.weight.shape == (4, 32, 32)
+
+
+def test_attention_takes_a_layers_products(tiny: Callable[..., PagedModel]) -> None:
+    layer = tiny("deepseek_v3").module.model.layers[0].self_attn
+    query, latent = mx.random.normal((5, 4, 1, 32)), mx.random.normal((5, 4, 1, 32))
+    absorbed, values = layer.embed_q(query), layer.unembed_out(latent)
+    PENDING.ask()
+    assert layer.embed_q(query) is query
+    taken = PENDING.take()
+    assert taken is not None
+    np.testing.assert_array_equal(np.array(taken.absorb(query[:, :, 0])), np.array(absorbed[:, :, 0]))
+    np.testing.assert_array_equal(np.array(taken.unabsorb(latent[:, :, 0])), np.array(values[:, :, 0]))
+    keys, expanded = taken.expand(latent[:, 0, 0])
+    assert (keys.shape, expanded.shape) == ((4, 5, 32), (4, 5, taken.value_size))
+    assert layer.unembed_out(latent) is latent
+    assert layer.unembed_out(latent) is not latent
+    assert layer.embed_q(query) is not query
+    assert PENDING.take() is None
+
+
+def test_what_was_asked_ends_with_the_step(tiny: Callable[..., PagedModel]) -> None:
+    layer = tiny("deepseek_v3").module.model.layers[0].self_attn
+    query = mx.random.normal((5, 4, 1, 32))
+    PENDING.ask()
+    PENDING.drop()
+    assert layer.embed_q(query) is not query
+
+
+def test_modules_of_other_orders_keep_their_products() -> None:
+    model = Two()
+    multiply_rows_together(model)
+    x = mx.random.normal((5, 3, 1, 32))
+    PENDING.ask()
+    assert model.inner[0](x).shape == (5, 3, 1, 64)
+    PENDING.drop()

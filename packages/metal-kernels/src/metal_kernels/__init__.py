@@ -22,6 +22,7 @@ from metal_kernels.gather_kv_cache import gather_kv_cache
 from metal_kernels.host_memory import keep_with_host
 from metal_kernels.latent import concat_and_cache_mla, mla_attention, read_pages
 from metal_kernels.latent_decode import latent_decode, latent_rope_and_cache
+from metal_kernels.latent_projections import LatentProjections
 from metal_kernels.linear_weights import LinearWeights
 from metal_kernels.mamba2_rows import Mamba2Rows
 from metal_kernels.paged_attention import paged_attention
@@ -52,6 +53,7 @@ __all__ = [
     "gather_kv_cache",
     # latent attention and its cache
     "mla_attention",
+    "LatentProjections",
     "concat_and_cache_mla",
     "read_pages",
     # a cache of quantised rows

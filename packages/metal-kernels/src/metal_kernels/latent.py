@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int32
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int32
 from metal_kernels import kernels, reference
 from metal_kernels.checks import require_blocks, require_latent_cache, require_rows
 from metal_kernels.device import target
+from metal_kernels.latent_projections import LatentProjections
 from metal_kernels.ragged import RaggedBatch
 
 
@@ -51,44 +53,51 @@ def concat_and_cache_mla(
 
 
 def mla_attention(
-    query_latent: Float[mx.array, "tokens q_heads latent_size"],
+    query: Float[mx.array, "tokens q_heads query_size"],
     query_rope: Float[mx.array, "tokens q_heads rope_size"],
     kv_cache: Float[mx.array, "blocks block_size row_size"],
     batch: RaggedBatch,
     *,
     scale: float,
     order_token: mx.array | None = None,
-) -> Float[mx.array, "tokens q_heads latent_size"]:
+    projections: LatentProjections | None = None,
+) -> Float[mx.array, "tokens q_heads value_size"]:
     """Attend each row, by absorbed queries, to the latents of its own request up to its own position.
 
-    The score of a cached row is ``scale * (query_latent . latent + query_rope . rope)``; its value is the latent.
+    The score of a cached row is ``scale * (query . latent + query_rope . rope)``; its value is the latent.
     All query heads read the same row. The softmax is in float32.
 
     Args:
-        query_latent: Queries times the up-projection of keys, so that they meet latents; in the batch's order.
+        query: Queries times the up-projection of keys, so that they meet latents; in the batch's order. With
+            ``projections``, before that product.
         query_rope: Rotary parts of the queries.
         kv_cache: Pages of one layer; a row is the latent, then the rotary key.
         batch: Which rows belong to which request, and the blocks of each.
         scale: Factor on the scores.
         order_token: What the write of this step's rows returned.
+        projections: The layer's, for queries that are not absorbed: prompts then attend to expanded keys and values
+            where that is less work.
 
     Returns:
-        Weighted latents, to be multiplied with the up-projection of values.
+        Weighted latents, to be multiplied with the up-projection of values; with ``projections``, they are.
 
     Raises:
         MetalKernelsError: Shapes, the batch and the cache do not fit together.
     """
     require_latent_cache("mla_attention", kv_cache)
-    q_heads, latent_size = query_latent.shape[1:]
+    q_heads, latent_size = query.shape[1:]
+    if projections is not None:
+        latent_size = kv_cache.shape[2] - query_rope.shape[2]
     rope_size = kv_cache.shape[2] - latent_size
-    require_rows("mla_attention", "query_latent", query_latent, (batch.num_tokens, q_heads, latent_size))
+    require_rows("mla_attention", "query", query, (batch.num_tokens, q_heads, query.shape[2]))
     require_rows("mla_attention", "query_rope", query_rope, (batch.num_tokens, q_heads, rope_size))
     require_blocks("mla_attention", batch, kv_cache.shape[1])
     attend: Callable[..., mx.array] = reference.mla_attention
     if kernels.move_pages(kv_cache):
-        decode = kernels.mla_decode_kernel(target(), query_latent.dtype, kv_cache.dtype, latent_size, rope_size)
+        decode = kernels.mla_decode_kernel(target(), query.dtype, kv_cache.dtype, latent_size, rope_size)
         attend = partial(kernels.mla_attention, decode=decode)
-    return attend(query_latent, query_rope, kv_cache, batch, scale=scale, order_token=order_token)
+    options: dict[str, Any] = {"scale": scale, "order_token": order_token, "projections": projections}
+    return attend(query, query_rope, kv_cache, batch, **options)
 
 
 def read_pages(

@@ -1,12 +1,21 @@
 """One layer's pages in a pool: written, attended over, read and rewritten."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
 
-from metal_kernels import RaggedBatch, concat_and_cache_mla, mla_attention, read_pages, reference, target
+from metal_kernels import (
+    LatentProjections,
+    RaggedBatch,
+    concat_and_cache_mla,
+    mla_attention,
+    read_pages,
+    reference,
+    target,
+)
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
 from metal_kv.key_value_pages import attend_rows, write_rows
@@ -155,30 +164,33 @@ class LayerCache:
 
     def attend_latent(
         self,
-        query_latent: Float[mx.array, "tokens q_heads latent_size"],
+        query: Float[mx.array, "tokens q_heads query_size"],
         query_rope: Float[mx.array, "tokens q_heads rope_size"],
         metadata: AttentionMetadata,
         *,
         scale: float,
         order_token: mx.array | None = None,
         use_kernel: bool = True,
-    ) -> Float[mx.array, "tokens q_heads latent_size"]:
+        projections: LatentProjections | None = None,
+    ) -> Float[mx.array, "tokens q_heads value_size"]:
         """Return latent attention of a step's rows over the cached context of their requests.
 
         Args:
-            query_latent: Absorbed queries; see ``metal_kernels.mla_attention``.
+            query: Absorbed queries, or with ``projections`` others; see ``metal_kernels.mla_attention``.
             query_rope: Rotary parts of the queries.
             metadata: The step as this layer's group sees it.
             scale: Factor of the scores.
             order_token: What ``write_latent`` of the same step returned.
             use_kernel: False for plain MLX over gathered rows, also where a kernel would serve.
+            projections: The layer's.
         """
         self._latent_spec("attend_latent")
         kv_cache, batch, attend = self.kv_cache, metadata.batch, mla_attention
         if not use_kernel:
             kv_cache, batch = read_pages(kv_cache, batch, order_token=order_token)
             attend = reference.mla_attention
-        output = attend(query_latent, query_rope, kv_cache, batch, scale=scale, order_token=order_token)
+        options: dict[str, Any] = {"scale": scale, "order_token": order_token, "projections": projections}
+        output = attend(query, query_rope, kv_cache, batch, **options)
         self._slab.note_read(output)
         return output
 

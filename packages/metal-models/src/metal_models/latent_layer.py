@@ -12,6 +12,7 @@ from metal_kv.spec import KVCacheSpec, LatentSpec
 from metal_models.cache_view import CacheView, Step
 from metal_models.decode_views import LatentDecodeView, RowStep, latent_packer
 from metal_models.layer import Layer
+from metal_models.row_projections import PENDING
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,18 @@ class LatentView(CacheView):
         )
         identity = self._identity if values.dtype == self._identity.dtype else self._identity.astype(values.dtype)
         super().update_and_fetch(keys, values)
+        if self.step.mla_kernel and self.step.metadata[self._layer.group].batch.max_query_len > 1:
+            PENDING.ask()
         return keys, identity
 
     def forget(self) -> None:
         """Let go of the step's rows and of the token that orders its reads after its writes."""
         super().forget()
         self._order_token = None
+        PENDING.drop()
 
     def attend_latent(self, queries: mx.array, rope_scores: mx.array, *, scale: float) -> mx.array:
-        """Return attention over the latents of every row's request."""
+        """Return attention over the latents of every row's request, projected if the model leaves that to it."""
         out = self._layer.attend_latent(
             queries.squeeze(2),
             rope_scores.squeeze(2) / scale,
@@ -92,6 +96,7 @@ class LatentView(CacheView):
             scale=scale,
             order_token=self._order_token,
             use_kernel=self.step.mla_kernel,
+            projections=PENDING.take(),
         )
         return out[:, :, None]
 

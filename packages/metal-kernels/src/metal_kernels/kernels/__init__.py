@@ -9,10 +9,12 @@ from metal_kernels.kernels.cache_write import reshape_and_cache
 from metal_kernels.kernels.dispatch import (
     Accepted,
     DecodeVariant,
+    ExpandedPrefill,
     ExpertMatrixVariant,
     ExpertVariant,
     GatedDeltaVariant,
     GatheredPrefill,
+    LatentPrompts,
     LatentVariant,
     LinearVariant,
     MatrixVariant,
@@ -23,6 +25,7 @@ from metal_kernels.kernels.dispatch import (
     Rejected,
     SampleVariant,
     decode_kernel,
+    expanded_prefill,
     expert_kernel,
     expert_matrix_kernel,
     gated_delta_kernel,
@@ -49,6 +52,7 @@ from metal_kernels.kernels.fused_rows import add_rms_norm, silu_and_mul
 from metal_kernels.kernels.latent_rope_and_cache import latent_rope_and_cache
 from metal_kernels.kernels.mamba2_decode import mamba2_decode
 from metal_kernels.kernels.mla_decode import mla_decode
+from metal_kernels.kernels.mla_prefill import mla_prefill
 from metal_kernels.kernels.mla_step import mla_attention
 from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.paged_decode import paged_decode, rope_decode, write_decode
@@ -68,10 +72,12 @@ from metal_kernels.kernels.step import paged_attention
 __all__ = [
     "Accepted",
     "DecodeVariant",
+    "ExpandedPrefill",
     "ExpertMatrixVariant",
     "ExpertVariant",
     "GatedDeltaVariant",
     "GatheredPrefill",
+    "LatentPrompts",
     "LatentVariant",
     "LinearVariant",
     "MatrixVariant",
@@ -86,6 +92,7 @@ __all__ = [
     "choose_experts",
     "copy_blocks",
     "decode_kernel",
+    "expanded_prefill",
     "expert_kernel",
     "expert_linear",
     "expert_matrix",
@@ -107,6 +114,7 @@ __all__ = [
     "mla_attention",
     "mla_decode",
     "mla_decode_kernel",
+    "mla_prefill",
     "move_pages",
     "move_states",
     "own_pages",

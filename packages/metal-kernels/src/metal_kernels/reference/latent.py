@@ -6,6 +6,7 @@ from jaxtyping import Float, Int32
 
 from metal_kernels.decode_plan import DecodePlan
 from metal_kernels.device import target
+from metal_kernels.latent_projections import LatentProjections
 from metal_kernels.ragged import RaggedBatch
 from metal_kernels.reference.decode import planned_slots
 from metal_kernels.reference.fused import rotate
@@ -35,20 +36,25 @@ def concat_and_cache_mla(
 
 
 def mla_attention(
-    query_latent: Float[mx.array, "tokens q_heads latent_size"],
+    query: Float[mx.array, "tokens q_heads query_size"],
     query_rope: Float[mx.array, "tokens q_heads rope_size"],
     kv_cache: Float[mx.array, "blocks block_size row_size"],
     batch: RaggedBatch,
     *,
     scale: float,
     order_token: mx.array | None = None,
-) -> Float[mx.array, "tokens q_heads latent_size"]:
+    projections: LatentProjections | None = None,
+) -> Float[mx.array, "tokens q_heads value_size"]:
     """Attend each row to its own request's latents; see :func:`metal_kernels.mla_attention`.
 
     The rows of the cache are the one key head of all query heads, and their first part the values: so requests
     are grouped and tiled as ``paged_attention`` does it, by a plan shared by all layers of a step.
     """
-    del order_token
+    if projections is not None:
+        absorbed = projections.absorb(query)
+        out = mla_attention(absorbed, query_rope, kv_cache, batch, scale=scale, order_token=order_token)
+        return projections.unabsorb(out)
+    query_latent = query
     if batch.num_tokens == 0:
         return query_latent
     block_size, row_size = kv_cache.shape[1:]

@@ -10,7 +10,13 @@ from metal_kernels.kernels.dispatch.decode import (
 )
 from metal_kernels.kernels.dispatch.expert_matrix import ExpertMatrixVariant, expert_matrix_kernel
 from metal_kernels.kernels.dispatch.experts import ExpertVariant, expert_kernel, routing_kernel
-from metal_kernels.kernels.dispatch.latent import LatentVariant, mla_decode_kernel
+from metal_kernels.kernels.dispatch.latent import (
+    ExpandedPrefill,
+    LatentPrompts,
+    LatentVariant,
+    expanded_prefill,
+    mla_decode_kernel,
+)
 from metal_kernels.kernels.dispatch.linear import (
     LinearVariant,
     head_linear_kernel,
@@ -44,12 +50,14 @@ __all__ = [
     "Accepted",
     "BLOCK_SIZES",
     "DecodeVariant",
+    "ExpandedPrefill",
     "ExpertMatrixVariant",
     "ExpertVariant",
     "FLOAT_DTYPES",
     "GatedDeltaVariant",
     "GatheredPrefill",
     "HEAD_SIZES",
+    "LatentPrompts",
     "LatentVariant",
     "LinearVariant",
     "MatrixVariant",
@@ -62,6 +70,7 @@ __all__ = [
     "SampleVariant",
     "decode_kernel",
     "decode_variant",
+    "expanded_prefill",
     "expert_kernel",
     "MemoryVariant",
     "expert_matrix_kernel",
