@@ -10,9 +10,9 @@ from metal_models.program_step import bound_step
 
 FAMILIES = [
     "llama", "qwen2", "qwen3", "qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2", "lfm2_moe", "deepseek_v2",
-    "deepseek_v3", "glm4_moe_lite", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1",
+    "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu_llm", "mamba2", "granitemoehybrid", "nemotron_h", "falcon_h1",
 ]  # fmt: skip
-QUANTISED = ["llama", "qwen2", "qwen3", "qwen3_next", "lfm2", "deepseek_v2", "deepseek_v3"]
+QUANTISED = ["llama", "qwen2", "qwen3", "qwen3_next", "lfm2", "deepseek_v2", "deepseek_v3", "minicpm3"]
 
 
 def step_of(model, pool):

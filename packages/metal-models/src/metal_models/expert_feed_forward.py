@@ -34,15 +34,18 @@ class ExpertFeedForward(FeedForward):
         self._chosen = chosen
         self._shared = shared
         experts = module.switch_mlp
-        self._weights = [_weights(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+        self._weights = [stacked_weights(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj)]
 
     @staticmethod
     def possible(module: Any) -> bool:
         """Whether the experts of ``module`` are linear layers of a known kind on one machine, gated by a SiLU."""
         experts = getattr(module, "switch_mlp", None)
+        return getattr(module, "sharding_group", None) is None and ExpertFeedForward.known(experts)
+
+    @staticmethod
+    def known(experts: Any) -> bool:
+        """Whether ``experts`` are linear layers of a known kind, gated by a SiLU."""
         if type(experts) is not SwitchGLU or type(experts.activation) is not SwiGLU:
-            return False
-        if getattr(module, "sharding_group", None) is not None:
             return False
         return all(_known(layer) for layer in (experts.gate_proj, experts.up_proj, experts.down_proj))
 
@@ -69,7 +72,8 @@ def _known(layer: Any) -> bool:
     return type(layer) is QuantizedSwitchLinear and "bias" not in layer and layer.mode == "affine"
 
 
-def _weights(layer: Any) -> StackedWeights:
+def stacked_weights(layer: Any) -> StackedWeights:
+    """Return the weights of experts' linear layers of a known kind."""
     if type(layer) is SwitchLinear:
         return StackedWeights(layer.weight)
     return StackedWeights(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)

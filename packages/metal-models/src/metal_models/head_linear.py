@@ -12,15 +12,18 @@ from metal_kernels import StackedWeights, head_linear, kernels, target
 class HeadLinear:
     """One of mlx-lm's modules of a linear layer for each head.
 
+    Attributes:
+        weights: Its weights.
+
     Args:
         module: The module; see :meth:`possible`.
     """
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._weights = StackedWeights(module.weight)
+        self.weights = StackedWeights(module.weight)
         if isinstance(module, QuantizedMultiLinear):
-            self._weights = StackedWeights(module.weight, module.scales, module.biases, module.bits, module.group_size)
+            self.weights = StackedWeights(module.weight, module.scales, module.biases, module.bits, module.group_size)
 
     @staticmethod
     def possible(module: Any) -> bool:
@@ -31,8 +34,8 @@ class HeadLinear:
 
     def __call__(self, rows: Float[mx.array, "tokens heads row_size"]) -> Float[mx.array, "tokens heads outputs"]:
         """Return what the layers make of the first elements of each head, as many as they take."""
-        linear = kernels.head_linear_kernel(target(), rows.dtype, self._weights, rows.shape[0])
+        linear = kernels.head_linear_kernel(target(), rows.dtype, self.weights, rows.shape[0])
         if isinstance(linear, kernels.Accepted):
-            return head_linear(rows, self._weights)
-        out: mx.array = self._module(rows[..., : self._weights.shape[2]].swapaxes(0, 1))
+            return head_linear(rows, self.weights)
+        out: mx.array = self._module(rows[..., : self.weights.shape[2]].swapaxes(0, 1))
         return out.swapaxes(0, 1)

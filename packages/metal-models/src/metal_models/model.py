@@ -149,7 +149,9 @@ class PagedModel:
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
         self._decode_step = program_step(self._program, list(self._trace.layers), pool)
         if self._decode_step is None and self._compiles:
-            self._decode_step = module_step(self._split, self._trace.layers, pool, mla_kernel=self._mla_kernel)
+            self._decode_step = module_step(
+                self.module, self._split, self._trace.layers, pool, mla_kernel=self._mla_kernel
+            )
         self._pool = pool
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from metal_kernels import target
 from metal_kv.attention_metadata import AttentionMetadata
@@ -11,6 +12,7 @@ from metal_kv.pool import KVCachePool
 from metal_kv.spec import LatentSpec
 from metal_models.compiled_step import CompiledStep, NotCompiledError
 from metal_models.decode_views import RowStep
+from metal_models.few_row_modules import few_rows
 from metal_models.head_split import HeadSplit
 from metal_models.layer import Layer, all_specs
 from metal_models.step_rows import StepRows
@@ -25,7 +27,8 @@ class ModuleStep(CompiledStep):
     at values, or at what no kernel gives, steps of these sizes are left to the plain path.
 
     Args:
-        split: The model.
+        model: The model.
+        split: Its two halves.
         layers: What stands behind its caches, by name.
         pool: The pool.
         compiled: See :class:`CompiledStep`.
@@ -34,7 +37,10 @@ class ModuleStep(CompiledStep):
         NotCompiledError: No kernel does what a layer needs.
     """
 
-    def __init__(self, split: HeadSplit, layers: Mapping[str, Layer], pool: KVCachePool, *, compiled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, split: HeadSplit, layers: Mapping[str, Layer], pool: KVCachePool, *, compiled: bool
+    ) -> None:
+        self._model = model
         self._split = split
         self._step = RowStep(in_place=compiled)
         self._views = [layer.decode_view(name, self._step, pool) for name, layer in layers.items()]
@@ -48,18 +54,21 @@ class ModuleStep(CompiledStep):
     def _hidden(self, token_ids: mx.array, rows: StepRows) -> mx.array:
         self._step.open(rows)
         try:
-            return self._step.after_writes(self._split.hidden(token_ids[:, None], list(self._views)).squeeze(1))
+            with few_rows(self._model):
+                hidden = self._split.hidden(token_ids[:, None], list(self._views))
+            return self._step.after_writes(hidden.squeeze(1))
         finally:
             self._step.end()
 
 
 def module_step(
-    split: HeadSplit, layers: Mapping[str, Layer], pool: KVCachePool, *, mla_kernel: bool = True
+    model: nn.Module, split: HeadSplit, layers: Mapping[str, Layer], pool: KVCachePool, *, mla_kernel: bool = True
 ) -> ModuleStep | None:
     """Bind a model's modules to ``pool``; None where kernels do not do all of it, which the log says.
 
     Args:
-        split: The model.
+        model: The model.
+        split: Its two halves.
         layers: What stands behind its caches, by name.
         pool: The pool.
         mla_kernel: Whether latent attention may use its kernel.
@@ -70,7 +79,7 @@ def module_step(
     try:
         if latent and not mla_kernel:
             raise NotCompiledError("the kernel of latent attention is switched off")
-        return ModuleStep(split, layers, pool, compiled=True)
+        return ModuleStep(model, split, layers, pool, compiled=True)
     except NotCompiledError as error:
         logger.info("Decode steps run on the model's modules without being compiled: %s.", error)
         return None

@@ -40,7 +40,7 @@ class _Embedding(nn.QuantizedEmbedding):
         _share(source, self)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        logits = _few_rows(self, x)
+        logits = linear_of_few_rows(self, x)
         return nn.QuantizedEmbedding.as_linear(self, x) if logits is None else logits
 
 
@@ -49,20 +49,22 @@ class _Linear(nn.QuantizedLinear):
         _share(source, self)
 
     def __call__(self, x: mx.array) -> mx.array:
-        logits = _few_rows(self, x)
+        logits = linear_of_few_rows(self, x)
         return nn.QuantizedLinear.__call__(self, x) if logits is None else logits
 
 
 _HEADS: dict[type, Any] = {nn.QuantizedEmbedding: _Embedding, nn.QuantizedLinear: _Linear}
 
 
-def _few_rows(head: Any, x: mx.array) -> mx.array | None:
-    """Return the head's outputs from a kernel; None if none serves it."""
-    if head.mode != "affine":
+def linear_of_few_rows(layer: Any, x: mx.array) -> mx.array | None:
+    """Return the outputs of a linear layer, plain or quantised, from a kernel; None if none serves it."""
+    if "scales" not in layer:
+        weights = LinearWeights(layer.weight, bias=layer.get("bias"))
+    elif layer.mode == "affine":
+        options = {"bits": layer.bits, "group_size": layer.group_size}
+        weights = LinearWeights(layer.weight, layer.scales, layer.biases, layer.get("bias"), **options)
+    else:
         return None
-    weights = LinearWeights(
-        head.weight, head.scales, head.biases, head.get("bias"), bits=head.bits, group_size=head.group_size
-    )
     rows = x.reshape(-1, x.shape[-1])
     if not isinstance(kernels.linear_kernel(target(), x.dtype, weights, rows.shape[0]), kernels.Accepted):
         return None

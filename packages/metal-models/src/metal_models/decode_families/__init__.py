@@ -13,8 +13,10 @@ from metal_models.decode_families import (
     lfm2,
     llama,
     mamba2,
+    minicpm3,
     nemotron_h,
     qwen3_next,
+    youtu_llm,
 )
 from metal_models.decode_program import DecodeProgram
 from metal_models.head_split import backbone_path
@@ -30,16 +32,18 @@ _FAMILIES: dict[str, Callable[[Any], DecodeProgram | None]] = {
     "lfm2_moe": lfm2.program,
     "llama": llama.program,
     "mamba2": mamba2.program,
+    "minicpm3": minicpm3.program,
     "nemotron_h": nemotron_h.program,
     "qwen2": llama.program,
     "qwen3": llama.program,
     "qwen3_5": qwen3_next.program,
     "qwen3_next": qwen3_next.program,
+    "youtu_llm": youtu_llm.program,
 }
 
 # Families whose program needs a kernel that users can switch off.
 _GATED_DELTA = {"qwen3_5", "qwen3_next"}
-_LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+_LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu_llm"}
 
 
 def decode_program(model: nn.Module, *, gdn_kernel: bool = True, mla_kernel: bool = True) -> DecodeProgram | None:

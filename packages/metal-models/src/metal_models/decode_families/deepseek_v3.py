@@ -39,20 +39,34 @@ def latent_program(
     """
     layers = []
     for layer, rotation, (absorb, expand) in zip(backbone.layers, rotations, heads, strict=True):
-        attention = layer.self_attn
-        mixer = LatentMixer(
-            rotation=rotation,
-            scale=attention.scale,
-            q_heads=attention.num_heads,
-            project=_projections(attention),
-            latent_norm=attention.kv_a_layernorm,
-            absorb=absorb,
-            expand=expand,
-            output=JoinedLinear([attention.o_proj]),
-        )
+        mixer = latent_mixer(layer.self_attn, rotation, absorb, expand, layer.self_attn.scale)
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         layers.append(DecodeLayer(mixer, norms[0], _feed_forward(layer.mlp), norms[1]))
     return DecodeProgram(backbone.embed_tokens, layers, backbone.norm)
+
+
+def latent_mixer(
+    attention: Any, rotation: Rotation, absorb: HeadLinear, expand: HeadLinear, scale: float
+) -> LatentMixer:
+    """Return the mixer of an attention module whose parts have DeepSeek-V3's names.
+
+    Args:
+        attention: The module.
+        rotation: Of rotary parts.
+        absorb: Makes queries that meet latents.
+        expand: Makes values of weighted latents.
+        scale: Factor of the scores.
+    """
+    return LatentMixer(
+        rotation=rotation,
+        scale=scale,
+        q_heads=attention.num_heads,
+        project=_projections(attention),
+        latent_norm=attention.kv_a_layernorm,
+        absorb=absorb,
+        expand=expand,
+        output=JoinedLinear([attention.o_proj]),
+    )
 
 
 def layer_possible(layer: Any) -> bool:
