@@ -152,6 +152,12 @@ def mistral_image(rows: int, columns: int) -> Piece:
     return Piece(marks, "image", [token == IMAGE for token in marks], {"pixel_values": pixels})
 
 
+def lighton_image(rows: int, columns: int) -> Piece:
+    """A page without marks; transformers takes several of one size only."""
+    del rows, columns
+    return Piece([IMAGE] * 6, "image", None, {"pixel_values": RNG.standard_normal((3, 16, 24)).astype(np.float32)})
+
+
 def pixtral_image(rows: int, columns: int) -> Piece:
     """An image whose rows of patches end in a mark; transformers takes several of one size only."""
     del rows, columns
@@ -573,6 +579,7 @@ CASES = {
         kimi_image, joined={"pixel_values"}, adjust=add_frames, published=Published(kimi_model, kimi_tensors)
     ),
     "lfm2_vl": Case(lfm_image, joined={"pixel_values", "spatial_shapes"}, adjust=add_mask),
+    "lighton_ocr": Case(lighton_image, joined=set(), adjust=add_sizes),
     "llava": Case(square_image(1, 16)),
     "llava_next": Case(cropped_image(), joined=set(), padded={"pixel_values"}),
     "llava_onevision": Case(cropped_image(1), onevision_video, joined=set(), padded={"pixel_values"}),

@@ -51,6 +51,7 @@ _WRAPPED = {
     "internvl",
     "internvl_chat",
     "lfm2_vl",
+    "lighton_ocr",
     "llava",
     "llava_next",
     "llava_onevision",

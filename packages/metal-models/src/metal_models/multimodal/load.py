@@ -32,6 +32,7 @@ FAMILIES = {
     "internvl_chat": "internvl_chat",
     "kimi_vl": "kimi_vl",
     "lfm2_vl": "lfm2_vl",
+    "lighton_ocr": "lighton_ocr",
     "llama4": "llama4",
     "llava": "llava",
     "llava/pixtral": "pixtral",
