@@ -506,6 +506,88 @@ def join_strips(inputs: dict[str, Any]) -> None:
         inputs[f"target_sizes{suffix}"] = sizes
 
 
+def dots_image(rows: int, columns: int) -> Piece:
+    pixels = RNG.standard_normal((rows * columns, 3 * 4 * 4)).astype(np.float32)
+    data = {"pixel_values": pixels, "image_grid_thw": np.array([1, rows, columns])}
+    return Piece([IMAGE] * (rows * columns // 4), "image", None, data)
+
+
+def dots_model(config: dict[str, Any]) -> Any:
+    """Qwen 2 after a tower that is written here from its description: no library has it."""
+    from torch.nn import functional
+
+    vision = config["vision_config"]
+    width, heads, side = vision["embed_dim"], vision["num_attention_heads"], vision["patch_size"]
+    inner, eps, merged = vision["intermediate_size"], vision["rms_norm_eps"], 4 * vision["embed_dim"]
+
+    def module(**parts: Any) -> Any:
+        made = torch.nn.Module()
+        for name, part in parts.items():
+            setattr(made, name, part)
+        return made
+
+    def linear(inputs: int, outputs: int) -> Any:
+        return torch.nn.Linear(inputs, outputs, bias=False)
+
+    def norm() -> Any:
+        return torch.nn.RMSNorm(width, eps=eps)
+
+    class Reference(transformers.Qwen2ForCausalLM):
+        def __init__(self) -> None:
+            super().__init__(transformers.Qwen2Config(**{**config, "model_type": "qwen2"}))
+            blocks = [
+                module(
+                    norm1=norm(), norm2=norm(), attn=module(qkv=linear(width, 3 * width), proj=linear(width, width)),
+                    mlp=module(fc1=linear(width, inner), fc2=linear(inner, width), fc3=linear(width, inner)),
+                )
+                for _ in range(vision["num_hidden_layers"])
+            ]  # fmt: skip
+            layers = [torch.nn.Linear(merged, merged), torch.nn.GELU(), torch.nn.Linear(merged, vision["hidden_size"])]
+            self.vision_tower = module(
+                patch_embed=module(patchifier=module(proj=torch.nn.Conv2d(3, width, side, side), norm=norm())),
+                blocks=torch.nn.ModuleList(blocks),
+                post_trunk_norm=norm(),
+                merger=module(ln_q=torch.nn.LayerNorm(width, eps=1e-6), mlp=torch.nn.Sequential(*layers)),
+            )
+
+        def seen(self, pixels: Any, rows: int, columns: int) -> Any:
+            tower = self.vision_tower
+            first = tower.patch_embed.patchifier
+            x = first.norm(first.proj(pixels.view(-1, 3, side, side)).flatten(1))
+            down, across = (
+                place.reshape(rows // 2, 2, columns // 2, 2).transpose(1, 2).flatten()
+                for place in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            )
+            steps = 10000 ** (-torch.arange(0, width // heads // 2, 2) / (width // heads // 2))
+            angles = torch.cat([down[:, None] * steps, across[:, None] * steps], dim=1)[:, None]
+
+            def turned(part: Any) -> Any:
+                one, two = part.chunk(2, dim=-1)
+                cos, sin = angles.cos(), angles.sin()
+                return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
+
+            for block in tower.blocks:
+                query, key, value = block.attn.qkv(block.norm1(x)).view(len(x), 3, heads, -1).unbind(1)
+                query, key, value = (part.transpose(0, 1) for part in (turned(query), turned(key), value))
+                out = functional.scaled_dot_product_attention(query, key, value)
+                x = x + block.attn.proj(out.transpose(0, 1).flatten(1))
+                y = block.norm2(x)
+                x = x + block.mlp.fc2(functional.silu(block.mlp.fc1(y)) * block.mlp.fc3(y))
+            return tower.merger.mlp(tower.merger.ln_q(tower.post_trunk_norm(x)).view(-1, merged))
+
+        def forward(self, input_ids: Any, pixel_values: Any = None, image_grid_thw: Any = (), **_: Any) -> Any:
+            rows, at = self.model.embed_tokens(input_ids), 0
+            found = []
+            for _, height, columns in image_grid_thw.tolist() if len(image_grid_thw) else ():
+                found.append(self.seen(pixel_values[at : at + height * columns], height, columns))
+                at += height * columns
+            if found:
+                rows = rows.masked_scatter((input_ids == IMAGE)[..., None], torch.cat(found))
+            return super().forward(inputs_embeds=rows)
+
+    return Reference()
+
+
 def between(mark: int, piece: Piece, end: int) -> Piece:
     """Return a piece between two marks that say what it is."""
     return Piece([mark, *piece.tokens, end], piece.modality, [False, *[True] * len(piece.tokens), False], piece.data)
@@ -560,6 +642,7 @@ CASES = {
     "deepseek_ocr": Case(
         ocr_image, joined={"images_crop"}, adjust=name_crops, published=Published(ocr_model, ocr_tensors)
     ),
+    "dots_ocr": Case(dots_image, published=Published(dots_model, lambda saved: saved)),
     "glm4v": Case(qwen_image, glm_video),
     "glm4v_moe": Case(qwen_image),
     "glm_ocr": Case(qwen_image, glm_video),

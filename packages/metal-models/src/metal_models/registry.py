@@ -44,6 +44,7 @@ _ADAPTED = {
 _WRAPPED = {
     "cohere2_vision",
     "deepseek_vl_v2",
+    "dots_ocr",
     "glm4v",
     "glm4v_moe",
     "glm_ocr",

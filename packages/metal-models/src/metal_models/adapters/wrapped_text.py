@@ -12,6 +12,7 @@ from metal_models.config_names import reading_new_names
 
 # ``model_type`` of a text_config that names no file of mlx-lm -> the one that computes the same, and what it wants.
 _SAME: dict[str, dict[str, Any]] = {
+    "dots_ocr": {"model_type": "qwen2"},
     "glm4v_moe_text": {"model_type": "glm4_moe", "use_qk_norm": False, "rope_scaling": None},
     "glm4v_text": {"model_type": "glm4", "attention_bias": True},
     "glm_ocr_text": {"model_type": "glm4", "attention_bias": False},

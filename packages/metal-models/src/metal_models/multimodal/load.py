@@ -21,6 +21,7 @@ FAMILIES = {
     "cohere2_vision": "cohere2_vision",
     "deepseek_vl_v2/DeepseekOCR2ForCausalLM": "deepseek_ocr2",
     "deepseek_vl_v2/DeepseekOCRForCausalLM": "deepseek_ocr",
+    "dots_ocr": "dots_ocr",
     "gemma3": "gemma3",
     "gemma4": "gemma4",
     "gemma4_unified": "gemma4_unified",

@@ -13,7 +13,6 @@ REFUSED: dict[str, str] = {
     "deepseek_v41": _NOT_COMPARED,
     "deepseek_vl_v2": _NOT_COMPARED,
     "diffusion_gemma": "it generates many tokens at a time, out of order",
-    "dots_ocr": _NOT_COMPARED,
     "embedding_gemma2": _NO_TEXT,
     "ernie4_5_moe_vl": "a token's experts depend on whether it is text",
     "falcon_ocr": _NOT_IN_VLLM,
