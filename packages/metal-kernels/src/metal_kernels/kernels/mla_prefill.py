@@ -1,5 +1,7 @@
 """Latent attention of requests with several rows, over keys and values made from their latents once."""
 
+from functools import partial
+
 import mlx.core as mx
 from jaxtyping import Float
 
@@ -9,6 +11,8 @@ from metal_kernels.kernels.own_pages import own_pages
 from metal_kernels.kernels.prefill_tiled import prefill_tiled
 from metal_kernels.latent_projections import LatentProjections
 from metal_kernels.ragged import RaggedBatch
+
+_MAX_KEPT = 2**26  # elements of masks that all layers of a step share
 
 
 def mla_prefill(
@@ -45,7 +49,10 @@ def mla_prefill(
         rows = slice(starts[request], starts[request + 1])
         ids = table[request * width : request * width - (-end // block_size)]
         cached = gather_blocks(halves, ids, order_token).reshape(-1, row_size)[:end]
-        outputs.append(_biased(query[rows], query_rope[rows], cached, projections, route.rows, scale))
+        sizes = (rows.stop - rows.start, end, route.rows, query.dtype)
+        kept = sizes[0] * end <= _MAX_KEPT
+        masks = batch.once(("causal", sizes), partial(_causal, *sizes)) if kept else _causal(*sizes)
+        outputs.append(_biased(query[rows], query_rope[rows], cached, projections, masks, scale))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
@@ -54,7 +61,7 @@ def _biased(
     query_rope: Float[mx.array, "rows q_heads rope_size"],
     cached: Float[mx.array, "keys row_size"],
     projections: LatentProjections,
-    rows_at_once: int,
+    masks: list[mx.array],
     scale: float,
 ) -> Float[mx.array, "rows q_heads value_size"]:
     """Attend one request: rotary scores are what MLX's fused attention adds to those of the other elements."""
@@ -63,23 +70,29 @@ def _biased(
     keys, values = (half[None] for half in projections.expand(latent))
     query, query_rope = (rows.swapaxes(0, 1)[None] for rows in (query, query_rope * scale))
     rope = rope.T[None, None]
-    num_rows, num_keys = query.shape[2], cached.shape[0]
-    positions = mx.arange(num_keys)
-    hidden = mx.array(mx.finfo(query.dtype).min / 2, query.dtype)
-    outputs = []
-    for start in range(0, num_rows, rows_at_once):
-        stop = min(num_rows, start + rows_at_once)
-        seen = num_keys - num_rows + stop
-        first = num_keys - num_rows + start
-        causal = mx.where(positions[first:seen, None] >= positions[None, :seen], mx.array(0, query.dtype), hidden)
-        bias = mx.addmm(causal, query_rope[:, :, start:stop], rope[..., :seen])
+    outputs, start = [], 0
+    for mask in masks:
+        stop, seen = start + mask.shape[0], mask.shape[1]
+        bias = mx.addmm(mask, query_rope[:, :, start:stop], rope[..., :seen])
         outputs.append(
             mx.fast.scaled_dot_product_attention(
                 query[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale=scale, mask=bias
             )
         )
+        start = stop
     out = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
     return out.squeeze(0).swapaxes(0, 1)
+
+
+def _causal(num_rows: int, num_keys: int, rows_at_once: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Return what hides later keys from some rows at a time: 0, or a number far below all scores."""
+    positions = mx.arange(num_keys)
+    seen, hidden = mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype)
+    masks = []
+    for start in range(num_keys - num_rows, num_keys, rows_at_once):
+        stop = min(num_keys, start + rows_at_once)
+        masks.append(mx.where(positions[start:stop, None] >= positions[None, :stop], seen, hidden))
+    return masks
 
 
 def _tiled(

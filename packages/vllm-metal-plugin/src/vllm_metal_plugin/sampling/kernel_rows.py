@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kernels import adjust_logits, pack_sampling_rules, sample_rows, serves_sampling
-from metal_models.step_memory import StepMemory
+from metal_models.step_memory import Slot, StepMemory
 from vllm_metal_plugin.sampling.sampling_state import GREEDY_BELOW, RequestSampling, SamplingState
 from vllm_metal_plugin.sampling.step_plan import Penalties, StepPlan
 from vllm_metal_plugin.sampling.structured_output import GrammarRows
@@ -23,6 +23,7 @@ class KernelRows:
 
     def __init__(self) -> None:
         self._memory = StepMemory()
+        self._bits: Slot | None = None
         self._plan: StepPlan | None = None
         self._rules = mx.zeros((0, 8))
         self._start = np.zeros(0, np.int32)
@@ -48,11 +49,14 @@ class KernelRows:
             bits = np.full((rows, words), -1, np.int32)
             bits[grammar.rows] = 0
             bits[grammar.rows, : grammar.bitmask.shape[1]] = grammar.bitmask
-        slot = self._memory.filled(bits.ravel())
-        bitmask = slot.array.reshape(rows, words)
-        adjusted = adjust_logits(logits, history=history, penalties=packed, bitmask=bitmask)
-        slot.reader = adjusted
-        return adjusted
+        self._bits = self._memory.filled(bits.ravel())
+        bitmask = self._bits.array.reshape(rows, words)
+        return adjust_logits(logits, history=history, penalties=packed, bitmask=bitmask)
+
+    def note_tokens(self, token_ids: Int32[mx.array, "rows"]) -> None:
+        """Keep a grammar's bits as they are until the tokens that follow from them are known."""
+        if self._bits is not None:
+            self._bits.reader, self._bits = token_ids, None
 
     def sample(self, scores: Table, plan: StepPlan, emitted: Int32[np.ndarray, "rows"]) -> Int32[mx.array, "rows"]:
         """Return a token for each row, greedy ones included."""

@@ -106,6 +106,7 @@ class Sampler:
             logits, grammar = self._apply_grammar(logits, grammar, state), None
         scores = self._adjust(logits, plan, state, rows, grammar)
         token_ids, processed = self._sample(scores, plan, state, rows)
+        self._kernels.note_tokens(token_ids)
         logprobs = None
         if not plan.logprobs.empty:
             reported = logits if self._raw else processed
