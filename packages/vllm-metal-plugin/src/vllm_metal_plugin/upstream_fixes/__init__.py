@@ -28,7 +28,8 @@ def install_in_front_end() -> None:
 
 def install_in_engine_core() -> None:
     """Install the workarounds that only the process with the scheduler needs; safe to repeat."""
-    from vllm_metal_plugin.upstream_fixes import covered_items, failed_steps
+    from vllm_metal_plugin.upstream_fixes import covered_items, failed_steps, whole_items
 
     covered_items.install()
     failed_steps.install()
+    whole_items.install()
