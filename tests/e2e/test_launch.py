@@ -144,5 +144,5 @@ def test_too_little_memory_ends_with_what_would_fit(launch, smollm2: Path) -> No
     assert code == 1
     assert "Traceback" not in output, output[-3000:]
     last = output.splitlines()[-1]
-    assert last.startswith("error: To serve at least one request")
-    assert "estimated maximum model length is" in last
+    assert last.startswith("error: Paged attention: not enough Metal memory for KV cache.")
+    assert "(--kv-cache-memory-bytes); reduce --max-model-len to" in last

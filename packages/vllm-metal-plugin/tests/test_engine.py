@@ -170,6 +170,11 @@ def test_longest_length_that_fits(engine: Callable[..., LLM]) -> None:
     assert 32 <= llm.llm_engine.vllm_config.model_config.max_model_len < 80
 
 
+def test_cache_too_small_for_one_request_is_refused_with_what_fits(engine: Callable[..., LLM]) -> None:
+    with pytest.raises(ValueError, match=r"\(--kv-cache-memory-bytes\); reduce --max-model-len to \d+ or less"):
+        engine(kv_cache_memory_bytes=80 * 2 * 2 * 2 * 16 * 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -128,6 +128,7 @@ def test_prefix_cache_from_the_environment(  # type: ignore[no-untyped-def]
         ({"enable_lora": True, "lora_target_modules": ["q_proj"]}, "--lora-target-modules"),
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "--enable-tower-connector-lora"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "float16", "dtype": "float32"}, "computes in float32, got float16"),
         ({"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "skip-layers"),
         ({"additional_config": {"kv_cache_dtype": {"key": "int5"}}}, "int5"),
         ({"load_format": "dummy"}, "--load-format"),

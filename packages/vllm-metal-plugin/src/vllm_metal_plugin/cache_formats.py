@@ -21,6 +21,7 @@ VLLM_NAMES: dict[str, ElementFormat | None] = {
     "int8_per_token_head": "int8",
     "int4_per_token_head": "int4",
 }
+_PLAIN = ("float16", "bfloat16", "float32")
 OPTION = "kv_cache_dtype"
 """Key of ``--additional-config``: a format, or formats of "key" and "value"."""
 
@@ -45,6 +46,12 @@ class CacheFormats:
             raise UnsupportedConfigError(
                 f"[config] expected --kv-cache-dtype to be one of {', '.join(VLLM_NAMES)}, got {name}. Choose one of "
                 "these, or auto for the model's own dtype."
+            )
+        model = vllm_config.model_config
+        if name in _PLAIN and model is not None and str(model.dtype) != f"torch.{name}":
+            raise UnsupportedConfigError(
+                "[config] expected --kv-cache-dtype auto, or a smaller format, with a model that computes in "
+                f"{str(model.dtype).removeprefix('torch.')}, got {name}. Choose fp8 or int8_per_token_head, or auto."
             )
         both = VLLM_NAMES[name]
         formats = _parse((vllm_config.additional_config or {}).get(OPTION), both)

@@ -118,7 +118,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
         limit = memory.memory_limit(self.target, self.cache_config, self.config.envs, self._weights_bytes)
         self.prefix_bytes = int(limit.total_bytes * self._prefix_fraction())
         if self.cache_config.kv_cache_memory_bytes:
-            return int(self.cache_config.kv_cache_memory_bytes)
+            return self._given_bytes(int(self.cache_config.kv_cache_memory_bytes), limit.total_bytes)
         overhead = memory.measure_step_bytes(
             self.model,
             self.specs,
@@ -156,6 +156,22 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             budget = replace(budget, kv_budget=share)
         self._require(budget, groups)
         return budget.kv_budget
+
+    def _given_bytes(self, given: int, total_bytes: int) -> int:
+        """Return what the user gives the cache, unless it is too little for one request; vLLM names another option."""
+        groups = kv_cache.planned_groups(self.vllm_config, self.specs)
+        budget = MemoryBudget.plan(
+            total_bytes,
+            1.0,
+            model_memory=self._weights_bytes,
+            overhead=0,
+            per_block_bytes=bytes_per_block(groups),
+            block_size=self.cache_config.block_size,
+            kv_budget_limit=given,
+        )
+        if budget.kv_budget == given:
+            self._require(budget, groups)
+        return given
 
     def _prefix_fraction(self) -> float:
         return self.config.envs.prefix_cache_fraction if self.config.keep_prefixes else 0.0
