@@ -218,14 +218,14 @@ def _forbid_stop_tokens(logits: Table, plan: StepPlan, emitted: np.ndarray) -> T
 
 
 def _penalise(logits: Table, penalties: Penalties, state: SamplingState) -> Table:
-    counts, seen = state.counts.rows(penalties.slots)
+    history = state.counts.rows(penalties.slots)
     some = take_rows(logits, penalties.index)
     if penalties.repetition is not None:
-        some = apply_repetition_penalty(some, seen, penalties.repetition, one_sided=penalties.one_sided)
+        some = apply_repetition_penalty(some, history, penalties.repetition, one_sided=penalties.one_sided)
     if penalties.frequency is not None:
-        some = apply_frequency_penalty(some, counts, penalties.frequency)
+        some = apply_frequency_penalty(some, history, penalties.frequency)
     if penalties.presence is not None:
-        some = apply_presence_penalty(some, counts, penalties.presence)
+        some = apply_presence_penalty(some, history, penalties.presence)
     if len(penalties.index) == logits.shape[0]:
         return some
     logits = logits[:]

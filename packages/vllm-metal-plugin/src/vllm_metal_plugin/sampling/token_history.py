@@ -63,12 +63,9 @@ class TokenCounts:
         """Record one more emitted token for each of these table rows (lazily)."""
         self._history = self._history.at[slots, token_ids].add(mx.array(1.0))
 
-    def rows(
-        self, slots: Int32[mx.array, "reqs"]
-    ) -> tuple[Float[mx.array, "reqs vocab"], Float[mx.array, "reqs vocab"]]:
-        """Return (times emitted, 1 where it occurs in prompt or output) for these table rows."""
-        history = self._history[slots]
-        return mx.floor(history), (history > 0).astype(mx.float32)
+    def rows(self, slots: Int32[mx.array, "reqs"]) -> Float[mx.array, "reqs vocab"]:
+        """Return these table rows."""
+        return self._history[slots]
 
     def arrays(self) -> list[mx.array]:
         """Return the device arrays, to be evaluated with the step."""
