@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 
 pytest.importorskip("mlx_vlm")
 pytest.importorskip("torchvision")
@@ -249,6 +250,13 @@ def test_video(family: Family, llm: LLM) -> None:
     types = torch.zeros(len(output.prompt_token_ids), dtype=torch.long)
     types[item.embed_positions] = 2
     assert list(output.outputs[0].token_ids) == family.expected(output, family.frames(given), types)
+
+
+def test_steps_hold_the_largest_input(tmp_path: Path) -> None:
+    """All 32 frames of Gemma 4, with 78 tokens each, although steps of a server have 2,048 unless told otherwise."""
+    family = Family("gemma4_unified", tmp_path)
+    made = EngineArgs(**options(family, limit_mm_per_prompt={}, max_num_batched_tokens=2048)).create_engine_config()
+    assert made.scheduler_config.max_num_batched_tokens == 32 * 78
 
 
 @pytest.mark.slow

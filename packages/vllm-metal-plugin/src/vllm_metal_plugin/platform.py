@@ -192,7 +192,9 @@ def _prepare_multimodal(vllm_config: "VllmConfig") -> None:
     if model.runner_type == "pooling":
         model.multimodal_config.language_model_only = True
     elif model.is_mm_prefix_lm and model.supports_multimodal_inputs:
-        vllm_config.scheduler_config.disable_chunked_mm_input = True
+        from vllm_metal_plugin.multimodal.whole_items import keep_items_whole
+
+        keep_items_whole(vllm_config)
 
 
 def _leave_prefixes_to_the_worker(vllm_config: "VllmConfig") -> None:
