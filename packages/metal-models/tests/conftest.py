@@ -20,7 +20,7 @@ from metal_kv import unify_page_sizes
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.layout import CacheGroup, CacheLayout
 from metal_kv.pool import KVCachePool
-from metal_kv.spec import KVCacheSpec
+from metal_kv.spec import KVCacheSpec, RecurrentStateSpec
 from metal_models import PagedModel
 from metal_models.multimodal import MultimodalItem, RowEmbeddings, Towers
 from metal_models.registry import build
@@ -265,7 +265,10 @@ def decode_pool(model: PagedModel, block_size: int = BLOCK_SIZE) -> tuple[KVCach
     by_kind: dict[Any, dict[str, KVCacheSpec]] = {}
     for name, spec in specs.items():
         by_kind.setdefault((type(spec), spec.block_size, getattr(spec, "window", None)), {})[name] = spec
-    groups = [CacheGroup(tuple(layers), tuple(layers.values())) for layers in by_kind.values()]
+    groups = []
+    for layers in by_kind.values():
+        rows = not isinstance(next(iter(layers.values())), RecurrentStateSpec)
+        groups.append(CacheGroup(tuple(layers), tuple(layers.values()), block_size if rows else None))
     return KVCachePool(CacheLayout.from_groups(groups, 1 + 36 * len(groups))), groups
 
 
@@ -280,7 +283,12 @@ def decode_metadata(
     blocks = np.random.default_rng(1).permutation(36 * len(groups)).astype(np.int32) + 1
     return [
         AttentionMetadata.build(
-            starts, np.array(seq_lens), table[list(requests)], group.block_size, keeps_rows=group.keeps_rows
+            starts,
+            np.array(seq_lens),
+            table[list(requests)],
+            group.block_size,
+            kernel_block_size=group.kernel_block_size,
+            keeps_rows=group.keeps_rows,
         )
         for table, group in zip(blocks.reshape(len(groups), 3, 12), groups, strict=True)
     ]

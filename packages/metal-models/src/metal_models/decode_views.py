@@ -26,7 +26,7 @@ class RowStep(Step):
 
     Attributes:
         packers: What the views read of a step's metadata.
-        last_state: Orders reads of states after the last write of some; None before the first.
+        last_state: Orders reads of states after the last write of some, and after the step before.
         unread: Orders what follows after writes that nothing in the step reads, by the ``id`` of a view.
     """
 
@@ -37,6 +37,7 @@ class RowStep(Step):
         self.last_state: mx.array | None = None
         self.unread: dict[int, mx.array] = {}
         self._rows: StepRows | None = None
+        self._begin: mx.array | None = None
 
     @property
     def rows(self) -> StepRows:
@@ -44,9 +45,10 @@ class RowStep(Step):
         assert self._rows is not None
         return self._rows
 
-    def open(self, rows: StepRows) -> None:
-        """Make ``rows`` those that the views speak of."""
+    def open(self, token_ids: mx.array, rows: StepRows) -> None:
+        """Make ``rows`` those that the views speak of; ``token_ids`` follow from the step before."""
         self._rows, self.positions = rows, rows.positions
+        self._begin = self.last_state = token_ids
 
     def after_writes(self, hidden: mx.array) -> mx.array:
         """Return ``hidden``, to be had when all states and rows of the step are written.
@@ -56,18 +58,16 @@ class RowStep(Step):
         """
         if any(isinstance(view, DecodeView) and not view.written for view in self.views):
             raise NotCompiledError("a layer stores keys that nothing reads")
-        waits = [*self.unread.values(), *([] if self.last_state is None else [self.last_state])]
+        waits = [*self.unread.values(), *([] if self.last_state is self._begin else [self.last_state])]
         if not waits:
             return hidden
-        order = waits[0].reshape(-1)[:1]
-        for token in waits[1:]:
-            order = order + token.reshape(-1)[:1]
+        order = sum(token.reshape(-1)[:1] for token in waits)
         return hidden + (0 * order).astype(hidden.dtype)
 
     def end(self) -> None:
         """Drop what the layers left."""
         super().end()
-        self._rows, self.last_state, self.unread = None, None, {}
+        self._rows, self._begin, self.last_state, self.unread = None, None, None, {}
 
 
 class DecodeView(CacheView):

@@ -52,7 +52,7 @@ class ModuleStep(CompiledStep):
         return super().serves(metadata) and bool((metadata[0].batch.seq_lens > 1).all())
 
     def _hidden(self, token_ids: mx.array, rows: StepRows) -> mx.array:
-        self._step.open(rows)
+        self._step.open(token_ids, rows)
         try:
             with few_rows(self._model):
                 hidden = self._split.hidden(token_ids[:, None], list(self._views))
