@@ -23,12 +23,12 @@ RULES = [  # temperature, min_p, top_k, top_p
 ]
 
 
-def sample(use, logits, uniform, rules):
+def sample(use, logits, uniform, rules, threads=32):
     numbers = mx.array(np.pad(np.array(uniform, np.float32), (0, 8)))
     columns = zip(*rules, strict=True)
     dtypes = (np.float32, np.float32, np.int32, np.float32)
     packed = mx.array(pack_sampling_rules(*(np.array(c, t) for c, t in zip(columns, dtypes, strict=True))))
-    options = {"variant": SampleVariant(32)} if use is kernels else {}
+    options = {"variant": SampleVariant(threads)} if use is kernels else {}
     return use.sample_rows(logits, numbers, packed, **options).tolist()
 
 
@@ -67,7 +67,7 @@ def require_drawn(row, token, uniform, rule):
 
 @pytest.mark.parametrize("use", [kernels, reference], ids=["kernel", "twin"])
 @pytest.mark.parametrize(
-    ("vocab", "spread", "dtype"), [(520, 3.0, mx.bfloat16), (99, 8.0, mx.float32), (72, 0.5, mx.float16)], ids=str
+    ("vocab", "spread", "dtype"), [(264, 3.0, mx.bfloat16), (99, 8.0, mx.float32), (72, 0.5, mx.float16)], ids=str
 )
 def test_every_rule(use, vocab, spread, dtype):
     rng = np.random.default_rng(0)
@@ -76,6 +76,14 @@ def test_every_rule(use, vocab, spread, dtype):
     tokens = sample(use, logits, uniform, RULES)
     for row, token, number, rule in zip(exact_rows(logits), tokens, uniform, RULES, strict=True):
         require_drawn(row, token, number, rule)
+
+
+def test_as_many_threads_as_dispatch_takes():
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(1, 9000)).astype(np.float32) * 2
+    logits, uniform, rule = mx.array(rows).astype(mx.bfloat16), [np.float32(0.4)], (0.9, 0.0, 50, 0.9)
+    (token,) = sample(kernels, logits, uniform, [rule], threads=512)
+    require_drawn(exact_rows(logits)[0], token, uniform[0], rule)
 
 
 @pytest.mark.parametrize("use", [kernels, reference], ids=["kernel", "twin"])
