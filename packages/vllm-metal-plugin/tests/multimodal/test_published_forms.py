@@ -33,6 +33,7 @@ class Published:
         named: Which of them its tokenizer has names for.
         prefix: Of its towers' tensors.
         sized: Whether its towers have their sizes only when they are adapted.
+        changes: To the config.
         modalities: What it takes.
     """
 
@@ -41,12 +42,21 @@ class Published:
     named: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     sized: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
     modalities: tuple[str, ...] = ("image",)
 
 
 OMNI_TOKENS = {
     119: "<|audio_pad|>", 120: "<|image_pad|>", 121: "<|video_pad|>", 122: "<|vision_start|>", 123: "<|vision_end|>",
     124: "<|audio_start|>", 125: "<|audio_end|>",
+}  # fmt: skip
+MINICPM_TOKENS = {
+    112: "<image>", 113: "</image>", 114: "<slice>", 115: "</slice>", 116: "<image_id>", 117: "</image_id>",
+    120: "<|image_pad|>", 121: "<|video_pad|>",
+}  # fmt: skip
+SLICES = {
+    "processor_class": "MiniCPMV4_6Processor", "patch_size": 4, "scale_resolution": 32, "max_slice_nums": 4,
+    "slice_mode": True, "use_image_id": True, "downsample_mode": "16x",
 }  # fmt: skip
 FAMILIES = {
     "deepseek_ocr": Published(
@@ -56,9 +66,44 @@ FAMILIES = {
         }},
         {110: "<image>", 111: "<pad>"}, sized=True,
     ),
+    "dots_ocr": Published(
+        {"preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "patch_size": 4,
+            "temporal_patch_size": 1, "merge_size": 2, "min_pixels": 64, "max_pixels": 2304,
+        }},
+        {120: "<|imgpad|>", 121: "<|video_pad|>"},
+    ),
     "internvl_chat": Published(
         {"preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"}},
         {110: "<image>", 111: "<img>", 112: "</img>", 120: "<IMG_CONTEXT>", 121: "<|video_pad|>", 113: "<video>"},
+        modalities=("image", "video"),
+    ),
+    "lighton_ocr": Published(
+        {
+            "processor_config.json": {
+                "processor_class": "PixtralProcessor", "patch_size": 4, "spatial_merge_size": 2,
+                "image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>",
+                "image_end_token": "<|vision_end|>",
+            },
+            "preprocessor_config.json": {
+                "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 4, "width": 4},
+                "size": {"longest_edge": 64},
+            },
+        },
+        {120: "<|image_pad|>", 122: "<|vision_pad|>", 123: "<|vision_end|>"},
+        changes={"image_token_index": 120, "projector_hidden_act": "gelu", "multimodal_projector_bias": False},
+    ),
+    "minicpmv4_6": Published(
+        {
+            "preprocessor_config.json": SLICES | {"image_processor_type": "MiniCPMV4_6ImageProcessor"},
+            "video_preprocessor_config.json": SLICES | {"video_processor_type": "MiniCPMV4_6VideoProcessor"},
+        },
+        MINICPM_TOKENS,
+        {
+            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
+            "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
+            "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
+        },
         modalities=("image", "video"),
     ),
     "qwen3_omni_moe": Published(
@@ -87,7 +132,7 @@ FAMILIES = {
 
 
 class InternVLChatConfig(transformers.PretrainedConfig):
-    """Stands for the class that such a checkpoint brings as code."""
+    """What such a checkpoint's code makes of its config."""
 
     model_type = "internvl_chat"
 
@@ -102,7 +147,7 @@ def write(path: Path, name: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     published = FAMILIES[name]
-    config = json.loads((CONFIGS / f"{name}.json").read_text().replace(": 512", ": 4096"))
+    config = json.loads((CONFIGS / f"{name}.json").read_text().replace(": 512", ": 4096")) | published.changes
     (path / "config.json").write_text(json.dumps(config))
     family = import_module(f"metal_models.multimodal.families.{name}").Family
     parts: Any = build(family.package, family.vlm_config(config), family.sub_configs).parts(family.part_names)
@@ -130,9 +175,11 @@ def test_as_many_rows_as_placeholders(name: str, tmp_path: Path) -> None:
     from vllm.config.multimodal import AudioDummyOptions, ImageDummyOptions, VideoDummyOptions
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.processing import TimingContext
+    from vllm.transformers_utils.configs.dotsocr import DotsOCRConfig
 
-    if name == "internvl_chat":
-        transformers.AutoConfig.register(name, InternVLChatConfig, exist_ok=True)
+    # Stand for the code that such checkpoints bring for their configs.
+    transformers.AutoConfig.register("internvl_chat", InternVLChatConfig, exist_ok=True)
+    transformers.AutoConfig.register("dots_ocr", DotsOCRConfig, exist_ok=True)
     write(tmp_path, name)
     modalities = FAMILIES[name].modalities
     limits = dict.fromkeys(modalities, 2)

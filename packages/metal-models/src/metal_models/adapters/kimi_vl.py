@@ -1,5 +1,7 @@
 """Kimi-VL: checkpoints as they are published, whose latents' projections are in one tensor."""
 
+from typing import Any
+
 import mlx.core as mx
 from mlx_lm.models import deepseek_v3, kimi_vl
 from mlx_lm.models.kimi_vl import ModelArgs
@@ -15,5 +17,6 @@ class Model(kimi_vl.Model):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the language model's tensors, named and stacked as those of DeepSeek-V3."""
         text = {name.removeprefix(_OWN): array for name, array in weights.items() if name.startswith(_OWN)}
-        found = deepseek_v3.Model.sanitize(self.language_model, text)
+        stacked: Any = deepseek_v3.Model.sanitize
+        found: dict[str, mx.array] = stacked(self.language_model, text)
         return {f"{_OWN}{name}": array for name, array in found.items()}

@@ -1,7 +1,8 @@
-"""Families that mlx-vlm has and that are not served with images or sound, by ``model_type``, and why."""
+"""Families that are not served with images or sound, by ``model_type``, and why; all those of mlx-vlm, and others."""
 
 _NOT_IN_VLLM = "vLLM has no model of its kind, so nothing makes its inputs"
 _NOT_COMPARED = "it has not been compared with the model's own code"
+_OWN_PROCESSOR = "code of its checkpoint makes its inputs, with which nothing was compared; minicpmv4_6 is served"
 _NOT_IN_MLX_LM = "mlx-lm has no language model of its kind"
 _ONE_KIND = "vLLM hands over its images and frames as pieces of one kind, which is not known here"
 _NO_TEXT = "it generates no text from what it has been told"
@@ -36,7 +37,8 @@ REFUSED: dict[str, str] = {
     "locateanything": _NOT_IN_VLLM,
     "mage_vl": _NOT_IN_VLLM,
     "mimo_v2": _NOT_COMPARED,
-    "minicpmo": _NOT_COMPARED,
+    "minicpmo": _OWN_PROCESSOR,
+    "minicpmv": _OWN_PROCESSOR,
     "minicpmv4_7": _NOT_COMPARED,
     "minimax_m3_vl": _NOT_COMPARED,
     "mistral_large3": _NOT_COMPARED,
@@ -58,6 +60,7 @@ REFUSED: dict[str, str] = {
     "phi4mm": "its language model has other weights for images and for sound",
     "plamo2vl": _NOT_IN_VLLM,
     "pp_doclayout_v3": _NO_TEXT,
+    "qwen2_5_omni": "mlx-vlm has no encoder of its kind for sound; qwen3_omni_moe is served",
     "qwen4_exp": _NOT_COMPARED,
     "rfdetr": _NO_TEXT,
     "rt_detr_v2": _NO_TEXT,

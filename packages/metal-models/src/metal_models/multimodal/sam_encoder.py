@@ -18,7 +18,7 @@ def any_size(encoder: Any) -> None:
 
 def _encoder(cls: Any) -> Any:
     def call(self: Any, images: mx.array) -> mx.array:
-        x = self.patch_embed(images)
+        x: mx.array = self.patch_embed(images)
         x = x + antialiased(self.pos_embed, x.shape[1], x.shape[2]).astype(x.dtype)
         for part in (*self.blocks, *self.neck, self.net_2, self.net_3):
             x = part(x)

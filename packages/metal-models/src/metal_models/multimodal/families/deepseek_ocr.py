@@ -1,6 +1,6 @@
 """DeepSeek-OCR: a page as crops of one size, line by line, and the whole, each seen by SAM and then by CLIP."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,13 @@ class Family(Towers):
     """DeepSeek-OCR's two encoders and projector, and the rows that end a line and an image."""
 
     package = "deepseekocr"
-    part_names = ("sam_model", "vision_model", "projector", "image_newline", "view_separator")
+    part_names: ClassVar[tuple[str, ...]] = (
+        "sam_model",
+        "vision_model",
+        "projector",
+        "image_newline",
+        "view_separator",
+    )
     sub_configs = ()
     renamers = ("", "vision_model")
 

@@ -48,10 +48,11 @@ class Family(Towers):
         fewer = self.config.get("downsample_mode", "16x") != "4x"
         if f"{prefix}use_vit_merger" in item.data:
             fewer = bool(item.integers(f"{prefix}use_vit_merger").all())
-        return mx.concatenate([self._slice(strip, *size, fewer) for strip, size in zip(pixels, sizes, strict=True)])
+        return mx.concatenate([self._slice(strip, size, fewer) for strip, size in zip(pixels, sizes, strict=True)])
 
-    def _slice(self, strip: mx.array, rows: int, columns: int, fewer: bool) -> mx.array:
+    def _slice(self, strip: mx.array, size: list[int], fewer: bool) -> mx.array:
         """Return the rows of one slice, whose patches lie side by side ``[3, patch, patches × patch]``."""
+        rows, columns = size
         tower, side = self.parts["vision_tower"], strip.shape[1]
         hidden = tower.embeddings(strip[:, :, : rows * columns * side].transpose(1, 2, 0)[None], rows, columns)
         for index, layer in enumerate(tower.encoder.layers):
@@ -80,8 +81,9 @@ class _Places(nn.Module):
         """
         side = int(self.position_embedding.weight.shape[0] ** 0.5)
         places = _nearest(rows, side)[:, None] * side + _nearest(columns, side)
-        embedded = self.patch_embedding(pixels).flatten(1, 2)
-        return embedded + self.position_embedding(mx.array(places.reshape(-1)))[None].astype(embedded.dtype)
+        embedded: mx.array = self.patch_embedding(pixels).flatten(1, 2)
+        added: mx.array = self.position_embedding(mx.array(places.reshape(-1)))
+        return embedded + added[None].astype(embedded.dtype)
 
 
 def _nearest(lines: int, side: int) -> Int32[np.ndarray, "lines"]:

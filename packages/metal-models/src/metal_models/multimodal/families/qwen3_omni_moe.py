@@ -81,4 +81,4 @@ class Family(Towers):
             item.array("input_audio_features", self.dtype), mx.array([length], mx.int32)
         )
         levels = len(self.parts["vision_tower"].deepstack_visual_indexes)
-        return mx.pad(rows.astype(self.dtype), ((0, 0), (0, levels * rows.shape[1])))
+        return mx.pad(rows.astype(self.dtype), [(0, 0), (0, levels * rows.shape[1])])
