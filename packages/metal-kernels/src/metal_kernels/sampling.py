@@ -35,7 +35,7 @@ def pack_sampling_rules(
     rules = np.zeros((len(temperature), 8), np.float32)
     with np.errstate(divide="ignore"):
         rules[:, 0] = np.where(temperature > 0, _LOG2_E / temperature, 0.0)
-        rules[:, 1] = -np.log2(min_p)
+        rules[:, 1] = 0.0 - np.log2(min_p)  # never -0, whose bits are large
     rules[:, 2], rules[:, 3] = top_k, top_p
     return rules
 
