@@ -79,11 +79,12 @@ def test_every_rule(use, vocab, spread, dtype):
         require_drawn(row, token, number, rule)
 
 
-def test_as_many_threads_as_dispatch_takes():
+@pytest.mark.parametrize("threads", [256, 512])
+def test_as_many_threads_as_dispatch_takes(threads):
     rng = np.random.default_rng(2)
     rows = rng.normal(size=(1, 9000)).astype(np.float32) * 2
     logits, uniform, rule = mx.array(rows).astype(mx.bfloat16), [np.float32(0.4)], (0.9, 0.0, 50, 0.9)
-    (token,) = sample(kernels, logits, uniform, [rule], threads=512)
+    (token,) = sample(kernels, logits, uniform, [rule], threads=threads)
     require_drawn(exact_rows(logits)[0], token, uniform[0], rule)
 
 
@@ -174,6 +175,7 @@ def test_says_why_not():
     assert "int32" in kernels.sample_kernel("cuda", mx.int32, 64).why
     assert "rows of 4 logits" in kernels.sample_kernel("cuda", mx.float32, 4).why
     assert kernels.sample_kernel("cuda", mx.bfloat16, 151936) == kernels.Accepted(SampleVariant(512))
+    assert kernels.sample_kernel("metal", mx.float32, 50257) == kernels.Accepted(SampleVariant(256))
 
 
 def test_wrong_shapes_are_refused():

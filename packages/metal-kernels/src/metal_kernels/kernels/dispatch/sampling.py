@@ -29,4 +29,4 @@ def sample_kernel(target: Target, dtype: mx.Dtype, vocab: int) -> Accepted[Sampl
         return Rejected(f"logits are {dtype}; kernels know float16, bfloat16 and float32")
     if not MIN_CHANNELS <= vocab <= _MAX_VOCAB:
         return Rejected(f"rows of {vocab} logits; the kernels take {MIN_CHANNELS} to {_MAX_VOCAB}")
-    return Accepted(SampleVariant(512))
+    return Accepted(SampleVariant(512 if target == "cuda" else 256))  # Metal may refuse threads with many registers
