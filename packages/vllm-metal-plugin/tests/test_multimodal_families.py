@@ -196,10 +196,14 @@ def ask(llm: LLM, family: Family, prompts: Sequence[Prompt], max_tokens: int = N
     return list(outputs)
 
 
+def worker_of(llm: LLM) -> Any:
+    core: Any = llm.llm_engine.engine_core
+    return core.engine_core.model_executor.driver_worker.worker
+
+
 def encoded(llm: LLM) -> list[Any]:
     """Return a list that grows by each item that is encoded from now on."""
-    core: Any = llm.llm_engine.engine_core
-    cache = core.engine_core.model_executor.driver_worker.worker.multimodal.encoder_cache
+    cache = worker_of(llm).multimodal.encoder_cache
     encode, seen = cache.encode, []
 
     def watching(item: Any) -> Any:
@@ -250,6 +254,22 @@ def test_video(family: Family, llm: LLM) -> None:
     types = torch.zeros(len(output.prompt_token_ids), dtype=torch.long)
     types[item.embed_positions] = 2
     assert list(output.outputs[0].token_ids) == family.expected(output, family.frames(given), types)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "text-only-compat"])
+def test_language_model_alone(
+    family: Family, make_engine: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Without memory for a tower: where no image is allowed, or none is wanted."""
+    monkeypatch.setenv("VLLM_METAL_MULTIMODAL_MODE", mode)
+    limits = {"image": 0, "audio": 0} if mode == "auto" else {}
+    settings = options(family, limit_mm_per_prompt=limits)
+    llm = make_engine(settings.pop("model"), **settings)
+    assert worker_of(llm).towers is None
+    ask(llm, family, [([1, *range(40, 80)], [])])
+    with pytest.raises(ValueError, match="text"):
+        ask(llm, family, [([1, *family.image], [picture(0, 24, 32)])])
 
 
 def test_steps_hold_the_largest_input(tmp_path: Path) -> None:

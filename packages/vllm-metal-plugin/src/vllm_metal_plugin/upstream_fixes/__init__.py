@@ -15,6 +15,7 @@ def install_in_front_end() -> None:
         adapter_errors,
         failed_starts,
         failed_steps,
+        media_errors,
         model_inspection,
         roberta_position_kind,
     )  # fmt: skip
@@ -22,6 +23,7 @@ def install_in_front_end() -> None:
     adapter_errors.install()
     failed_starts.install()
     failed_steps.install_in_front_end()
+    media_errors.install()
     model_inspection.install()
     roberta_position_kind.install()
 
