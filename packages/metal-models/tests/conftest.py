@@ -263,8 +263,10 @@ def decode_pool(model: PagedModel, block_size: int = BLOCK_SIZE) -> tuple[KVCach
     """Return a pool with blocks for three requests in each of two groups, and its groups."""
     specs = unify_page_sizes(model.kv_cache_specs(block_size), state_block_size=block_size)
     by_kind: dict[Any, dict[str, KVCacheSpec]] = {}
+    alike = len({spec.page_size_bytes for spec in specs.values()}) == 1
     for name, spec in specs.items():
-        by_kind.setdefault((type(spec), spec.block_size, getattr(spec, "window", None)), {})[name] = spec
+        kind = (type(spec), spec.block_size, getattr(spec, "window", None))
+        by_kind.setdefault(kind if alike else (), {})[name] = spec
     groups = []
     for layers in by_kind.values():
         rows = not isinstance(next(iter(layers.values())), RecurrentStateSpec)

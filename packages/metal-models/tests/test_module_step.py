@@ -27,11 +27,12 @@ def step_of(model, pool):
 def test_gives_the_tokens_of_the_plain_path(tiny, lab, name):
     model = tiny(name)
     pool, _ = lab.decode_pool(model)
-    lab.check_decode(model, pool, step_of(model, pool))
+    lab.check_decode(model, pool, step_of(model, pool), steps=6)
 
 
-def test_steps_that_look_at_lengths_are_left_to_the_plain_path(tiny, lab, caplog):
-    model = tiny("deepseek_v32")  # which picks eight keys
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl"])  # which pick eight keys
+def test_steps_that_look_at_lengths_are_left_to_the_plain_path(tiny, lab, caplog, name):
+    model = tiny(name)
     (pool, groups), (plain_pool, _) = lab.decode_pool(model), lab.decode_pool(model)
     step = step_of(model, pool)
     ids = mx.array([3, 5, 7], mx.int32)

@@ -1,6 +1,7 @@
 """What one layer of an mlx-lm model sees in place of its cache while a decode step is compiled."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -58,10 +59,12 @@ class RowStep(Step):
         """
         if any(isinstance(view, DecodeView) and not view.written for view in self.views):
             raise NotCompiledError("a layer stores keys that nothing reads")
-        waits = [*self.unread.values(), *([] if self.last_state is self._begin else [self.last_state])]
+        waits = list(self.unread.values())
+        if self.last_state is not None and self.last_state is not self._begin:
+            waits.append(self.last_state)
         if not waits:
             return hidden
-        order = sum(token.reshape(-1)[:1] for token in waits)
+        order = reduce(mx.add, (token.reshape(-1)[:1] for token in waits))
         return hidden + (0 * order).astype(hidden.dtype)
 
     def end(self) -> None:
@@ -70,7 +73,28 @@ class RowStep(Step):
         self._rows, self._begin, self.last_state, self.unread = None, None, None, {}
 
 
-class DecodeView(CacheView):
+class _RowView(CacheView):
+    def __init__(self, step: RowStep, window: int | None, packer: PlanPacker) -> None:
+        super().__init__(step, window)
+        self._row_step = step
+        self._packer = packer
+        step.packers.append(packer)
+
+    def read(self, use: Callable[..., mx.array], like: mx.array) -> mx.array:
+        """Refuse.
+
+        Raises:
+            NotCompiledError: Always.
+        """
+        raise NotCompiledError("a layer picks keys by code that reads lengths on the host")
+
+    @property
+    def max_context(self) -> int:
+        """Keys that requests of the step have at most."""
+        return self._packer.most_keys(self._row_step.rows)
+
+
+class DecodeView(_RowView):
     """Keys and values of one layer.
 
     Rows are written by the kernel that attends to them first.
@@ -86,13 +110,10 @@ class DecodeView(CacheView):
     def __init__(
         self, step: RowStep, window: int | None, cache: LayerCache, sizes: tuple[int, int], packer: PlanPacker
     ) -> None:
-        super().__init__(step, window)
-        self._row_step = step
+        super().__init__(step, window, packer)
         self._sizes = sizes
-        self._packer = packer
         self._pages = Pages(cache, in_place=step.in_place)
         self._written: mx.array | None = None
-        step.packers.append(packer)
 
     def attend(
         self,
@@ -133,13 +154,8 @@ class DecodeView(CacheView):
         padding = max(self._sizes) - rows.shape[-1]
         return mx.pad(rows, [(0, 0), (0, 0), (0, padding)]) if padding else rows
 
-    @property
-    def max_context(self) -> int:
-        """Keys that requests of the step have at most."""
-        return self._packer.most_keys(self._row_step.rows)
 
-
-class LatentDecodeView(CacheView):
+class LatentDecodeView(_RowView):
     """Latents of one layer; see ``latent_layer.LatentView`` for how rotary keys travel.
 
     Args:
@@ -150,15 +166,12 @@ class LatentDecodeView(CacheView):
     """
 
     def __init__(self, step: RowStep, cache: LayerCache, rope_size: int, packer: PlanPacker) -> None:
-        super().__init__(step, None)
-        self._row_step = step
-        self._packer = packer
+        super().__init__(step, None, packer)
         self._dtype = cache.spec.page_dtype
         self._pages = Pages(cache, in_place=step.in_place)
         self._identity = mx.eye(rope_size, dtype=self._dtype)[None, None]
         mx.eval(self._identity)
         self._order_token: mx.array | None = None
-        step.packers.append(packer)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write latents ``[tokens, 1, 1, latent]`` and rope keys; return the latents and the identity."""
@@ -191,19 +204,6 @@ class LatentDecodeView(CacheView):
         """Let go of the step's rows and of the token that orders its reads after its writes."""
         super().forget()
         self._order_token = None
-
-    def read(self, use: Callable[..., mx.array], like: mx.array) -> mx.array:
-        """Refuse.
-
-        Raises:
-            NotCompiledError: Always.
-        """
-        raise NotCompiledError("a layer picks keys by code that reads lengths on the host")
-
-    @property
-    def max_context(self) -> int:
-        """Keys that requests of the step have at most."""
-        return self._packer.most_keys(self._row_step.rows)
 
 
 class StateDecodeView(StateView):
