@@ -40,6 +40,18 @@ def test_what_is_written_in_place_is_read(kind, page_dtype):
     np.testing.assert_array_equal(after[[0, 1, 3, 4, 6]], before[[0, 1, 3, 4, 6]])
 
 
+def test_states_of_padding_go_nowhere():
+    shapes, dtypes = zip(*STATES["two"], strict=True)
+    pages = random((7, 2, 1, 1, 2048), mx.float32)
+    before = np.array(pages.reshape(7, -1))
+    states = [random((3, *shape), dtype) for shape, dtype in STATES["two"]]
+    pages, token = kernels.scatter_states(pages, mx.array([5, -1, 2]), states, order_token=states[0])
+    read = kernels.gather_states(pages, mx.array([5, 2]), shapes, dtypes, token)
+    for array, state in zip(read, states, strict=True):
+        assert mx.array_equal(array, state[mx.array([0, 2])])
+    np.testing.assert_array_equal(np.array(pages.reshape(7, -1))[[0, 1, 3, 4, 6]], before[[0, 1, 3, 4, 6]])
+
+
 def test_states_of_odd_bytes_or_too_many_arrays_are_left_to_mlx():
     pages = random((3, 2, 1, 1, 64), mx.float32)
     assert not kernels.move_states(pages, [(9,)], [mx.float16])
