@@ -47,4 +47,5 @@ def _of_client(error: Exception, url: str) -> Exception:
     if isinstance(error, (VLLMClientError, ValueError)):
         return error
     shown = url if len(url) <= _SHOWN else f"{url[:_SHOWN]}…"
-    return VLLMValidationError(f"Failed to load {shown}: {error or type(error).__name__}")
+    refusal: Exception = VLLMValidationError(f"Failed to load {shown}: {str(error) or type(error).__name__}")
+    return refusal
