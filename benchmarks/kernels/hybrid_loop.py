@@ -106,7 +106,7 @@ class HybridLoop(Loop):
 
 
 def check(module: nn.Module, config: dict[str, Any], reqs: int) -> str:
-    """Compare fused steps, the same on the model's own modules, and those in float32 from the same weights."""
+    """Compare compiled steps, the same on the model's own modules, and those in float32 from the same weights."""
     exact = random_model(config)
     exact.set_dtype(mx.float32)
     models = (
@@ -121,23 +121,23 @@ def check(module: nn.Module, config: dict[str, Any], reqs: int) -> str:
         loop.prefill(ids[:, :15])
         hidden.append(mx.concatenate([loop.hidden(ids[:, at]) for at in range(15, 24)]))
     exact_norm = mx.linalg.norm(hidden[0])
-    plain_error, fused_error = ((mx.linalg.norm(rows - hidden[0]) / exact_norm).item() for rows in hidden[1:])
-    if not fused_error < 1.2 * plain_error:
+    plain_error, compiled_error = ((mx.linalg.norm(rows - hidden[0]) / exact_norm).item() for rows in hidden[1:])
+    if not compiled_error < 1.2 * plain_error:
         raise AssertionError(
-            f"from float32, the fused steps are {fused_error:.4f} away, the plain ones {plain_error:.4f}"
+            f"from float32, the compiled steps are {compiled_error:.4f} away, the plain ones {plain_error:.4f}"
         )
-    return f"hidden rows are {fused_error:.4f} from float32's, the plain modules' {plain_error:.4f}"
+    return f"hidden rows are {compiled_error:.4f} from float32's, the plain modules' {plain_error:.4f}"
 
 
 def run_model(name: str, options: argparse.Namespace) -> None:
     config = MODELS[name]
     module = random_model(config)
     print(f"{name}: {check(module, config, 32)}", flush=True)  # of few rows, one whose experts differ weighs much
-    fused = PagedModel(module, config)
+    compiled = PagedModel(module, config)
     plain = PagedModel(module, config, fused_decode=False)
     for reqs in BATCHES if options.batch is None else (options.batch,):
-        for label, model in (("fused", fused), ("plain", plain)):
-            if label == "fused" or options.plain:
+        for label, model in (("compiled", compiled), ("plain", plain)):
+            if label == "compiled" or options.plain:
                 loop = HybridLoop(model, reqs, options.context, STEPS_IN_ALL)
                 tokens_per_second(loop, reqs)  # compiles what the next ones use
                 loop.seq_lens = np.full(reqs, options.context, np.int32)

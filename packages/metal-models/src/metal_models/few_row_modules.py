@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
         yield
     finally:
-        for module, cls in changed:
+        for module, cls in reversed(changed):  # one may be there under two names
             module.__class__ = cls
 
 
@@ -62,6 +63,7 @@ class _QuantizedLinear(nn.QuantizedLinear):
 _LINEARS: dict[type, Any] = {nn.Linear: _Linear, nn.QuantizedLinear: _QuantizedLinear}
 
 
+@cache
 def _heads(cls: Any) -> Any:
     def call(self: Any, x: mx.array, transpose: bool = True) -> mx.array:
         if transpose and x.ndim == 4 and x.shape[2] == 1:
