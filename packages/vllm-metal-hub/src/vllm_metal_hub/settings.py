@@ -35,8 +35,8 @@ def is_true(value: str | None) -> bool:
     return (value or "").strip().lower() in _TRUE
 
 
-def parse_sources(text: str) -> tuple[Source, ...]:
-    """Read a failover order such as ``modelscope,huggingface``.
+def parse_sources(text: str, name: str = "--source") -> tuple[Source, ...]:
+    """Read a failover order such as ``modelscope,huggingface``, which ``name`` was set to.
 
     Raises:
         UsageError: a word that names no hub.
@@ -44,7 +44,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     short = {"hf": "huggingface", "ms": "modelscope"}
     words = [short.get(word.strip().lower(), word.strip().lower()) for word in text.split(",") if word.strip()]
     if not words or any(word not in get_args(Source) for word in words):
-        raise UsageError(f"[source] expected huggingface, modelscope or both with a comma, got {text!r}. Change it.")
+        raise UsageError(f"[{name}] expected huggingface, modelscope or both with a comma, got {text!r}. Change it.")
     return tuple(cast(list[Source], list(dict.fromkeys(words))))
 
 
@@ -120,7 +120,7 @@ class HubSettings:
 def _sources(env: Mapping[str, str]) -> tuple[Source, ...]:
     text = env.get("VLLM_METAL_HUB_SOURCE")
     if text and text != "auto":
-        return parse_sources(text)
+        return parse_sources(text, "VLLM_METAL_HUB_SOURCE")
     return ("modelscope",) if is_true(env.get("VLLM_USE_MODELSCOPE")) else ("huggingface",)
 
 
