@@ -103,6 +103,27 @@ def test_both_halves_of_a_converted_checkpoint(tmp_path: Path, bits: int | None)
     assert (halved.dtype, halved.encode(image()).dtype) == (mx.bfloat16, mx.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "name", ["deepseek_ocr", "dots_ocr", "internvl_chat", "kimi_vl", "minicpmv4_6", "qwen3_omni_moe"]
+)
+def test_neither_half_minds_the_others_tensors(tmp_path: Path, name: str) -> None:
+    """Under mlx-vlm's names; those of published checkpoints are loaded where families are compared."""
+    pytest.importorskip("mlx_vlm")
+    config, family = config_of(name), import_module(f"metal_models.multimodal.families.{name}").Family
+    parts = build_vlm(family.package, family.vlm_config(config), family.sub_configs).parts(family.part_names)
+    if name in ("deepseek_ocr", "qwen3_omni_moe"):  # have their sizes, or are apart, only then
+        family.adapt(parts, config)
+    level = "thinker." if name == "qwen3_omni_moe" else ""
+    arrays: Any = tree_flatten(parts.parameters())
+    text: Any = tree_flatten(build(config).parameters())
+    mx.save_safetensors(
+        str(tmp_path / "model.safetensors"), dict(text) | {level + key: value for key, value in arrays}
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path).vocab_size == 128
+    assert load_towers(tmp_path, config).nbytes > 0
+
+
 @pytest.mark.parametrize("drop", ["vision_tower", "vision_tower.merger.linear_fc1.weight"])
 def test_missing_tensors(tmp_path: Path, drop: str) -> None:
     config = write(tmp_path, drop=drop)

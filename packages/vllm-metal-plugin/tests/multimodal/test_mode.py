@@ -36,6 +36,13 @@ def test_native_where_there_are_towers(tmp_path: Path) -> None:
         assert served.reason is None
 
 
+def test_towers_one_level_below(tmp_path: Path) -> None:
+    thinker = {"vision_config": {"depth": 2}, "audio_config": {"d_model": 8}}
+    directory = checkpoint(tmp_path, "qwen3_omni_moe", vision_config=None, thinker_config=thinker)
+    assert serving(directory, envs(), {}).modalities == {"image", "video", "audio"}
+    assert serving(directory, envs(), {"image": 0, "video": 0}).modalities == {"image", "video", "audio"}
+
+
 def test_a_text_model_has_nothing_to_decide(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path, "llama", vision_config=None)
     for mode in ("auto", "text-only-compat", "multimodal-native"):

@@ -31,8 +31,8 @@ _RENAMED = {"block_dim": "hidden_size", "block_ff_dim": "intermediate_size"}
 # How the names of tensors that are no language model's begin, after "model." or "thinker.".
 _ENCODERS = (
     "audio_tower.", "code2wav.", "connector.", "image_newline", "merger.", "mlp1.", "mlp_AR.",
-    "multi_modal_projector.", "projector.", "qwen2_model.", "sam_model.", "talker.", "view_seperator",
-    "vision_encoder.", "vision_model.", "vision_projection.", "vision_tower.", "visual.",
+    "multi_modal_projector.", "projector.", "qwen2_model.", "sam_model.", "talker.", "view_sep", "vision_encoder.",
+    "vision_model.", "vision_projection.", "vision_tower.", "visual.", "vit_merger.",
 )  # fmt: skip
 
 
