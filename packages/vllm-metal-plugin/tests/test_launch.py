@@ -2,6 +2,7 @@
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.launcher import create_server_socket
 
 from vllm_metal_plugin.errors import UnsupportedConfigError
@@ -22,6 +23,22 @@ def test_an_unknown_reasoning_parser_and_a_taken_port_are_sentences(model_dir) -
     with first, pytest.raises(OSError, match="in use") as taken:
         create_server_socket(first.getsockname(), reuse_port=False)
     assert "Choose another --port" in str(message_for_users(taken.value, taken.tb))
+
+
+class Interrupted:
+    """Options that the user does not wait for."""
+
+    def __getattr__(self, name: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_server_is_ready_is_a_sentence() -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        ServeSubcommand.cmd(Interrupted())
+    assert message_for_users(stopped.value, stopped.tb) == "[server] stopped before it was ready."
+    with pytest.raises(KeyboardInterrupt) as elsewhere:
+        raise KeyboardInterrupt
+    assert message_for_users(elsewhere.value, elsewhere.tb) is None
 
 
 def test_other_errors_keep_their_traceback() -> None:

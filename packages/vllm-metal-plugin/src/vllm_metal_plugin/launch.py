@@ -11,6 +11,7 @@ from vllm_metal_plugin.errors import UnsupportedConfigError, VllmMetalPluginErro
 _installed = False
 _prints_own_errors = False
 _REFUSED = "[config] vLLM refuses these options:"
+_SERVE = "vllm/entrypoints/cli/serve.py"
 _OPTION_CHECKS = {"validate_parsed_serve_args", "validate_api_server_args", "get_reasoning_parser"}
 """Functions of vLLM that raise for options of its command line."""
 
@@ -128,11 +129,15 @@ def message_for_users(error: BaseException, trace: TracebackType | None) -> str 
     """The sentence that ends a launch; None where only a traceback says what went wrong."""
     if isinstance(error, VllmMetalPluginError):
         return str(error)
-    places = {frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)}
+    code = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
+    places = {function.co_name for function in code}
+    if isinstance(error, KeyboardInterrupt) and any(function.co_filename.endswith(_SERVE) for function in code):
+        return "[server] stopped before it was ready."
     if "create_server_socket" in places:
-        return f"[server] expected an address that is free, got: {error}. Choose another --port or --host."
+        got = str(error).removesuffix(".")
+        return f"[server] expected an address that is free, got: {got}. Choose another --port or --host."
     if places & _OPTION_CHECKS:
-        return f"{_REFUSED} {error.args[0] if error.args else error}"
+        return f"{_REFUSED} {str(error.args[0] if error.args else error).removeprefix('Error: ')}"
     return None
 
 

@@ -17,6 +17,7 @@ from vllm_metal_plugin.errors import EngineStartError, VllmMetalPluginError
 _installed = False
 _FROM_VLLM = ("To serve at least one request with", "No available memory for the cache blocks")
 """How vLLM's own errors begin that say what a user has to change."""
+_NO_REASON = "[engine] expected the engine's process to become ready, got its end. The log above may say why."
 
 
 def install() -> None:
@@ -38,9 +39,7 @@ def install() -> None:
         try:
             return wait_for_engine_startup(*args, **kwargs)
         except RuntimeError as error:
-            if not received.poll():
-                raise
-            raise EngineStartError(received.recv()) from error
+            raise EngineStartError(received.recv() if received.poll() else _NO_REASON) from error
 
     utils.wait_for_engine_startup = wait
     EngineCoreProc.run_engine_core = staticmethod(partial(run_engine_core, sent))
