@@ -233,48 +233,6 @@ LEGAL = {
         "threadgroup_barrier(mem_flags::mem_none); t[lid] = v; out[i] = t[lid];",
         63 - X,
     ),
-    "methods_that_hand_out_members": (
-        "Window w; w.fill(x[i]); w.at(1) = 3; out[i] = w.total() + twice(twice({w.v[0]})).get();",
-        3 * X + 3 + 4 * X,
-        "struct Window { float v[4]; void fill(float a) { for (int k = 0; k < 4; k++) at(k) = a; }\n"
-        "  thread float& at(int k) { return v[k]; } float total() { return sum_of(v); }\n"
-        "static float sum_of(const thread float* p) { float s = 0; for (int k = 0; k < 4; k++) s += p[k]; return s; } };\n"
-        "struct Value { float v; float get() const thread { return v; }\n"
-        "Value operator+(Value o) const { return {v + o.v}; } };\n"
-        "inline Value twice(Value a) { return a + a; }\n",
-    ),
-    "choices_between_structs": (
-        "const device Pair* p = (const device Pair*)x; Pair a = i < 8 ? p[i] : none(); Pair q = i < 4 ? none() : a; "
-        "float u = 1, v = 2; (i < 1 ? u : v) = 5; thread float& r = i < 1 ? u : v; "
-        "out[i] = q.a + r + pick<float, 2>(i < 2 ? q.b : 0);",
-        np.where(X < 4, 0, np.where(X < 8, 2 * X, 0)) + 5,
-        "struct Pair { float a, b; };\ninline Pair none() { return {0, 0}; }\n"
-        "template <typename T, int N> T pick(T v) { return N > 1 ? v * 0 : v; }\n",
-    ),
-    "tables_of_vectors_and_matrices": (
-        "out[i] = rows[i % 2].y + turn[1][0] + (turn * float2(1, 2)).x + doubled[1] + (turn * turn)[0].x;",
-        2 + 2 * (X % 2) + 3 + 7 + 4 + 7,
-        "constexpr float twice(float v) { return v * 2; }\nconstant float doubled[] = {twice(1), twice(2)};\n"
-        "constant float2 rows[2] = {float2(1, 2), float2(3, 4)};\n"
-        "constant float2x2 turn = float2x2(float2(1, 2), float2(3, 4));\n",
-    ),
-    "functions_with_second_results": (
-        "float2 c, w; int2 e; float2 s = sincos(float2(0), c), f = frexp(float2(8), e); half h; "
-        "float2 m = modf(float2(x[i] + 0.5f), w); "
-        "out[i] = s.x + c.y + ldexp(f, e).x + w.y + m.x + modf(2.5h, h) + h + ilogb(float2(9)).y;",
-        0 + 1 + 8 + X + 0.5 + 2.5 + 3,
-    ),
-    "geometry": (
-        "float3 v = float3(3, 4, 0); out[i] = fast::length(v) + precise::normalize(v).x + faceforward(v, v, v).x "
-        "+ refract(float2(0, -1), float2(0, 1), 1.0f).y + distance(v, float3(0)) + x[i];",
-        X + 5 + 0.6 - 3 - 1 + 5,
-    ),
-    "lambdas": (
-        "float s = 0; auto scaled = [=](float v) { return v * x[i]; };\n"
-        "each(4, [&](int k) { s += scaled(k); }); out[i] = s;",
-        6 * X,
-        "template <typename F> void each(int n, F f) { for (int k = 0; k < n; k++) f(k); }\n",
-    ),
     "matrix_elements": (
         "simdgroup_float8x8 a; simdgroup_load(a, x, 8); a.thread_elements()[0] += 1; "
         "if (sg == 0) simdgroup_store(a, out, 8);",

@@ -208,6 +208,7 @@ CASES = {
         None,
     ),
     "endless_loop": Case("uint k = i;\nwhile (x[k % 64] >= 0) {\n  k++;\n}\nout[i] = k;", FaultKind.ENDLESS, None),
+    "endless_loop_without_an_access": Case("out[i] = x[i];\nwhile (true) {}", FaultKind.ENDLESS, 3),
 }
 
 

@@ -109,6 +109,13 @@ BODIES = {
         "atomic_fetch_max_explicit((device atomic<float>*)out, 1.0f, memory_order_relaxed);",
         "no matching function",
     ),
+    "atomic_float_sum_in_threadgroup": Case(
+        "threadgroup atomic_float t; atomic_fetch_add_explicit(&t, 1.0f, memory_order_relaxed);",
+        "no matching function",
+    ),
+    "atomic_sum_of_64_bits": Case(
+        "atomic_fetch_add_explicit((device atomic_ulong*)out, 1ul, memory_order_relaxed);", "no matching function"
+    ),
     "atomic_without_order": Case("atomic_fetch_add_explicit((device atomic_int*)n, 1);", "no matching function"),
     "atomic_acquire": Case("atomic_fetch_add_explicit((device atomic_int*)n, 1, memory_order_acq_rel);", "relaxed"),
     "atomic_of_short": Case(

@@ -13,6 +13,7 @@ from .errors import KernelCompileError
 from .kernels import Kernel
 from .lines import LineTable
 from .places import Place
+from .ranks import COMPLAINT, convert_scalars
 from .report import RawReport
 from .toolchain import MSL_HEADERS, RUNTIME_SOURCES, cache_directory, digest, toolchain
 from .unit import LANGUAGE, Source, translate
@@ -24,6 +25,7 @@ _KERNEL = (
     "-w",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-strict-float-cast-overflow",  # numbers that an integer cannot hold become its nearest
     "-fstack-clash-protection",
     "-Xclang",
     "-fbfloat16-excess-precision=none",
@@ -45,6 +47,8 @@ class Mode(Enum):
         "-fno-finite-loops",
         "-fsanitize=thread,array-bounds,integer-divide-by-zero",
         "-fsanitize-coverage=trace-pc",
+        "-mllvm",
+        "-sanitizer-coverage-prune-blocks=0",  # a loop without an exit counts its turns too
         "-mllvm",
         "-tsan-instrument-func-entry-exit=0",
         "-mllvm",
@@ -124,6 +128,9 @@ def _compile(
         flags = (*LANGUAGE, *_KERNEL, *mode.value, version)
         include = ("-include-pch", str(precompiled(flags, unit.preamble)))
         done = toolchain().run(*flags, *include, "-o", str(compiled), "-", text=unit.text + entries)
+        if COMPLAINT in done.stderr:
+            unit = convert_scalars(unit, entries, (*LANGUAGE, *_KERNEL, *mode.value, version, *include))
+            done = toolchain().run(*flags, *include, "-o", str(compiled), "-", text=unit.text + entries)
         if done.returncode:
             raise KernelCompileError(f"[simulator] the kernel does not compile:\n{done.stderr.strip()}")
         toolchain().link(linked, compiled, runtime_path())

@@ -1,4 +1,4 @@
-"""Pre-pass, ``c ? a : b``: clang chooses between structs only if both are values, or in one address space."""
+"""Pre-pass, ``c ? a : b`` of structs and ``a < b`` of vectors, whose results clang takes for something else."""
 
 from .scopes import in_function
 from .tokens import Token, TokenList
@@ -25,10 +25,44 @@ def rewrite_choices(tokens: TokenList) -> None:
         for start, stop in ((i + 1, colon), (colon + 1, _end(tokens, colon + 1))):
             if stop - start > 1 or (tokens[start].kind == "name" and tokens[start].text != "nullptr"):
                 inserted += [(start, "metal::msl_value"), (start, "("), (stop, ")")]
-    for i, text in sorted(inserted, key=lambda item: item[0], reverse=True):
+    _insert(tokens, inserted)
+
+
+def _insert(tokens: TokenList, inserted: list[tuple[int, str]]) -> None:
+    """Put each text before the token at its index; texts for one index keep their order."""
+    for i, text in sorted(reversed(inserted), key=lambda item: item[0], reverse=True):
         kind = "name" if len(text) > 1 else "operator"
-        space = " " if kind == "name" else ""
-        tokens.insert(i + (text == "("), Token(kind, text, space, tokens[i].place, tokens[i].scope))
+        tokens.insert(i, Token(kind, text, " " if kind == "name" else "", tokens[i].place, tokens[i].scope))
+
+
+def rewrite_comparisons(tokens: TokenList, names: set[str]) -> None:
+    """A comparison that is converted, or whose lanes are read, becomes what Metal has: a vector of bool."""
+    inserted: list[tuple[int, str]] = []
+    for i in tokens.indices():
+        if tokens[i].text != "(" or not in_function(tokens[i].scope):
+            continue
+        end = tokens.closing(i)
+        is_converted = tokens[i - 1].text in names or (tokens[i - 1].text == ")" and tokens[i - 2].text in names)
+        if (is_converted or tokens[end + 1].text in (".", "[")) and _is_comparison(tokens, i + 1, end):
+            inserted += [(i + 1, "metal::msl_compared"), (i + 1, "("), (end, ")")]
+    _insert(tokens, inserted)
+
+
+def _is_comparison(tokens: TokenList, start: int, stop: int) -> bool:
+    found = False
+    i = start
+    while i < stop:
+        text = tokens[i].text
+        if text in _OPENING:
+            i = tokens.closing(i)
+        elif text == "<" and (end := tokens.closing_angle(i)) is not None and tokens[end + 1].text in ("(", "::", "{"):
+            i = end
+        elif text in ("<", ">", "<=", ">=", "==", "!="):
+            found = True
+        elif text in ("?", ",", "&&", "||") or text in _ASSIGNMENTS:
+            return False
+        i += 1
+    return found
 
 
 def _is_class(text: str) -> bool:

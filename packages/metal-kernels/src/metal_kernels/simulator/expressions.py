@@ -75,6 +75,7 @@ _BUILTINS = re.compile(
     r"(add|sub|mul)_overflow|expect|expect_with_probability|assume|unreachable|constant_p|offsetof|"
     r"inff|nanf|huge_valf|convertvector|shufflevector|astype)"
 )
+_FLOAT = re.compile(r"(?!0[xX])(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # without a suffix: not a double
 _NOT_BEFORE_TYPE = {
     ".",
     "->",
@@ -98,6 +99,8 @@ def check_words(tokens: TokenList, program: Program) -> None:
         token = tokens[i]
         if token.kind == "number" and token.text.lower().endswith("bf") and not token.text.lower().startswith("0x"):
             token.text = f"((bfloat){token.text[:-2]}f)"
+        elif token.kind == "number" and _FLOAT.fullmatch(token.text):
+            token.text += "f"
         if token.kind != "name":
             continue
         if token.text == "long" and tokens[i + 1].text == "long":
@@ -160,6 +163,21 @@ def name_bool_vectors(tokens: TokenList) -> None:
             if tokens[i - 1].text == "::" and tokens[i - 2].text == "metal":
                 tokens.drop(i - 2, i)
     tokens.compact()
+
+
+def refer_to_functions(tokens: TokenList) -> None:
+    """Pointers to functions, which are parameters of templates, become references: clang can bind those there."""
+    for i in tokens.indices():
+        if tokens[i].text == "template" and tokens[i + 1].text == "<":
+            end = tokens.closing_angle(i + 1) or i
+        elif tokens[i].text in ("typedef", "using") and tokens[i].scope == "file":
+            end = i + 8
+        else:
+            continue
+        for k in range(i + 2, end):
+            following = [tokens[k + n].text for n in range(5)]
+            if ["(", "*", ")", "("] in (following[:4], following[:2] + following[3:]):
+                tokens[k + 1].text = "&"
 
 
 def drop_coherent(tokens: TokenList) -> None:
@@ -270,7 +288,7 @@ def rewrite_casts(tokens: TokenList, program: Program, names: set[str]) -> None:
             if end is None:
                 continue
             pointer = tokens[end - 1].text in ("*", "&")
-            if pointer and not _SPACES & set(tokens.names(i + 2, end)):
+            if pointer and not _SPACES & set(tokens.text(i + 2, end).split()):
                 program.error(tokens[i].place, f"cast to '{tokens.text(i + 2, end)}' needs an address space")
             if text == "static_cast" and not pointer and tokens[i + 2].text != "void":
                 tokens[i].text = "metal::msl_static_cast"
@@ -295,7 +313,7 @@ def _check_pointer_cast(tokens: TokenList, index: int, program: Program) -> None
     if tokens[end - 1].text != "*" or tokens[index - 1].kind == "name" or tokens[index - 1].text in _VALUE_END:
         return
     is_type = all(tokens[j].kind == "name" or tokens[j].text in ("*", "::") for j in range(index + 1, end))
-    if is_type and not _SPACES & set(tokens.names(index, end)):
+    if is_type and not _SPACES & set(tokens.text(index + 1, end).split()):
         program.error(tokens[index].place, f"cast to '{tokens.text(index + 1, end)}' needs an address space")
 
 
@@ -341,19 +359,29 @@ def _is_declarator(tokens: TokenList, opening: int) -> bool:
 
 
 def _rewrite_variable(tokens: TokenList, index: int) -> None:
-    vector, after = tokens[index].text, index + 2
-    if tokens[after].text == "(":
-        end = tokens.closing(after)
-        if tokens[end + 1].text in (";", ",") and end > after + 1:
-            tokens[after].text = f" = metal::msl_make<{vector}>("
-        return
+    """Rewrite the initializers of the vectors declared at ``index``: ``float2 v(a, b), w = {c};``."""
+    vector, name = tokens[index].text, index + 1
+    while tokens[name].kind == "name":
+        end = _rewrite_initializer(tokens, vector, name + 1)
+        if tokens[end].text != ",":
+            break
+        name = end + 1
+
+
+def _rewrite_initializer(tokens: TokenList, vector: str, after: int) -> int:
+    """Where the declarator ends whose name stands before ``after``."""
     opening = after + 1 if tokens[after].text == "=" else after
-    if tokens[opening].text != "{":
-        return
-    end = tokens.closing(opening)
-    if tokens[end + 1].text == ";" and end > opening + 1:
+    end = tokens.closing(opening) if tokens[opening].text in ("(", "{") else opening
+    is_whole = tokens[end + 1].text in (";", ",") and end > opening + 1
+    if is_whole and tokens[after].text == "(":
+        tokens[after].text = f" = metal::msl_make<{vector}>("
+    elif is_whole and tokens[opening].text == "{":
         tokens[opening].text = ("" if opening > after else "= ") + f"metal::msl_list<{vector}>("
         tokens[end].text = ")"
+    elif end == opening:
+        while tokens[end + 1].text not in (";", ",", ")", "}", ""):
+            end = tokens.closing(end + 1) if tokens[end + 1].text in ("(", "[", "{") else end + 1
+    return end + 1
 
 
 def rewrite_braced_arguments(tokens: TokenList) -> None:

@@ -21,13 +21,13 @@ _WRITING |= {"atomic_compare_exchange_weak_explicit", "thread_elements"}
 
 @dataclass
 class _Method:
-    """Positions: of the declaration, of the parentheses of its parameters, and of its body, which may be empty."""
+    """Positions: of the declaration, of the parentheses of its parameters, of its bodies, of its address spaces."""
 
     name: str
     start: int
     opening: int
     closing: int
-    body: range
+    bodies: list[range]
     spaces: list[int]
 
 
@@ -37,18 +37,29 @@ def mark_methods(tokens: TokenList) -> None:
     if not methods:
         return
     asks = _WRITING | _functions_with_thread_parameters(tokens)
-    pending, needing = methods, []
+    outside = _defined_outside(tokens)
+    for method in methods:
+        method.bodies += [body for _, body in outside.get(method.name, ())]
+    pending = methods
+    needing: list[_Method] = []
     while True:
-        found = [method for method in pending if _needs_thread(tokens, method, asks)]
-        if not found:
+        rest: list[_Method] = []
+        before = len(needing)
+        for method in pending:
+            (needing if _needs_thread(tokens, method, asks) else rest).append(method)
+        pending = rest
+        if len(needing) == before:
             break
-        needing += found
-        pending = [method for method in pending if method not in found]
-        asks |= {method.name for method in found}
+        asks |= {method.name for method in needing[before:]}
+    marked = {method.name for method in needing}
+    needing += [method for method in pending if method.name in marked & outside.keys()]
     for method in pending:
         for i in method.spaces:
-            tokens[i].text = "" if tokens[i].text == "thread" else tokens[i].text
-    for end in sorted((m.closing for m in needing if not m.spaces), reverse=True):
+            if tokens[i].text == "thread" and method.name not in outside:
+                tokens[i].text = ""
+    ends = [method.closing for method in needing if not method.spaces]
+    ends += [end for name in marked & outside.keys() for end, _ in outside[name]]
+    for end in sorted(ends, reverse=True):
         tokens.insert(end + 1, Token("name", "thread", " ", tokens[end].place, tokens[end].scope))
     tokens.compact()
 
@@ -58,10 +69,27 @@ def _functions_with_thread_parameters(tokens: TokenList) -> set[str]:
     return {tokens[i - 1].text for i in openings if i > 0 and tokens[i].text == "(" and tokens[i - 1].kind == "name"}
 
 
+def _defined_outside(tokens: TokenList) -> dict[str, list[tuple[int, range]]]:
+    """Methods defined outside their struct without a space, by name: where their parameters end, and their bodies."""
+    ends: dict[str, list[tuple[int, range]]] = {}
+    for i in tokens.indices():
+        if tokens[i].text == "(" and tokens[i].scope == "file" and tokens[i - 2].text == "::":
+            end = tokens.closing(i)
+            after = end + 2 if tokens[end + 1].text == "const" else end + 1
+            if tokens[after].text == "{":
+                ends.setdefault(tokens[i - 1].text, []).append((end, range(after, tokens.closing(after))))
+            elif tokens[after].text in _SPACES:
+                ends.setdefault(tokens[i - 1].text, [])
+    return ends
+
+
 def _needs_thread(tokens: TokenList, method: _Method, asks: set[str]) -> bool:
-    if any(tokens[i].text == "thread" for i in (*range(method.start, method.opening), *method.body)):
+    if any(tokens[i].text == "thread" for i in range(method.start, method.opening)):
         return True
-    return any(tokens[i].text in asks and tokens[i + 1].text in ("(", "<") for i in method.body)
+    for i in (i for body in method.bodies for i in body):
+        if tokens[i].text == "thread" or (tokens[i].text in asks and tokens[i + 1].text in ("(", "<")):
+            return True
+    return False
 
 
 def _methods(tokens: TokenList) -> list[_Method]:
@@ -100,9 +128,9 @@ def _after_declarator(tokens: TokenList, start: int, opening: int, names: set[st
         i = tokens.closing(i) + 1 if tokens[i].text == "(" else i + 1
     before = [tokens[k].text for k in range(start, opening)]
     if tokens[end + 1].text in _AFTER_PARAMETERS and _is_method(before, names):
-        body = range(i, tokens.closing(i)) if tokens[i].text == "{" else range(0)
+        bodies = [range(i, tokens.closing(i))] if tokens[i].text == "{" else []
         name = "operator" if "operator" in before else before[-1]
-        methods.append(_Method(name, start, opening, end, body, spaces))
+        methods.append(_Method(name, start, opening, end, bodies, spaces))
     return i
 
 

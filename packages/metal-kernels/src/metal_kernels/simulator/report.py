@@ -92,6 +92,9 @@ _CRASHES = {
 }
 
 
+_DIVISIONS = {False: "by zero", True: "that overflows: of the smallest number by -1"}
+
+
 def describe(fault: RawFault, names: list[str]) -> str:
     """One sentence for a fault, without its place; ``names`` are the buffers'."""
     kind = FaultKind(fault.kind)
@@ -113,7 +116,7 @@ def describe(fault: RawFault, names: list[str]) -> str:
         FaultKind.TOO_MANY_THREADS: f"too many threads per threadgroup: {fault.offset} of {fault.size}",
         FaultKind.NEVER_WRITTEN: f"output '{name}' never written: {fault.size} bytes from byte {fault.offset}",
         FaultKind.ARRAY_INDEX: f"array index {ctypes.c_int64(fault.offset).value} is out of bounds, {who}",
-        FaultKind.DIVISION_BY_ZERO: f"integer division by zero, {who}",
+        FaultKind.DIVISION_BY_ZERO: f"integer division {_DIVISIONS[fault.offset != 0]}, {who}",
         FaultKind.ENDLESS: f"the kernel does not end: {who}",
         FaultKind.DEADLOCK: f"deadlock in threadgroup {fault.group}",
         FaultKind.CRASH: f"{_CRASHES[bool(fault.size)]}, {who}",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from .build import precompiled, write_whole
 from .errors import KernelCompileError, ToolchainError
+from .ranks import COMPLAINT, convert_scalars
 from .syntax_rules import LAMBDA, violations
 from .toolchain import cache_directory, digest, toolchain
 from .unit import FIRST_USER_DECLARATION, LANGUAGE, Source, Unit, translate
@@ -73,14 +74,11 @@ def _diagnose(source: Source, metal_version: tuple[int, int], accepted: set[str]
     if written in accepted:
         return []
     flags = (*LANGUAGE, *_EXTENSIONS, f"-D__METAL_VERSION__={metal_version[0]}{metal_version[1]}0")
-    done = toolchain().run(
-        *flags,
-        *_STRICT,
-        "-include-pch",
-        str(precompiled(flags, unit.preamble)),
-        "-",
-        text=unit.text + entries,
-    )
+    include = ("-include-pch", str(precompiled(flags, unit.preamble)))
+    done = toolchain().run(*flags, *_STRICT, *include, "-", text=unit.text + entries)
+    if COMPLAINT in done.stderr:
+        unit = convert_scalars(unit, entries, (*flags, *include))
+        done = toolchain().run(*flags, *_STRICT, *include, "-", text=unit.text + entries)
     errors = _errors(done.stderr, unit)
     if done.returncode and not errors:
         raise ToolchainError(f"[simulator] expected a verdict of clang's, got: {done.stderr.strip()}.")

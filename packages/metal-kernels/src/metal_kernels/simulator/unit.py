@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from . import declarations, expressions
-from .choices import rewrite_choices
+from .choices import rewrite_choices, rewrite_comparisons
 from .copies import declare_copies
 from .errors import KernelCompileError
 from .kernels import Program
@@ -134,6 +134,7 @@ def _translated(text: str, coherent: bool, constants: _Constants, known: frozens
     declarations.collect_kernels(tokens, program)
     declarations.remove_attributes(tokens, program)
     tokens.compact()
+    expressions.refer_to_functions(tokens)
     expressions.drop_thread_words(tokens)
     expressions.qualify_constants(tokens)
     tokens.compact()
@@ -142,6 +143,7 @@ def _translated(text: str, coherent: bool, constants: _Constants, known: frozens
     expressions.name_bool_vectors(tokens)
     rewrite_choices(tokens)
     names = known | expressions.type_names(tokens)
+    rewrite_comparisons(tokens, set(names) | {">"})
     expressions.rewrite_casts(tokens, program, set(names))
     tokens.compact()
     expressions.rewrite_constructors(tokens, set(names))

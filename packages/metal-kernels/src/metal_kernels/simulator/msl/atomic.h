@@ -30,6 +30,10 @@ template <> struct msl_word<1> { typedef uchar type; };
 template <> struct msl_word<4> { typedef uint type; };
 template <> struct msl_word<8> { typedef ulong type; };
 
+// Sums of floating-point numbers are for device memory only.
+template <class T> constexpr constant bool msl_in_device = false;
+template <class T> constexpr constant bool msl_in_device<device T> = true;
+
 #define MSL_RELAXED(order) \
   __attribute__((diagnose_if(order != memory_order_relaxed, "atomic operations take memory_order_relaxed only", "error")))
 #define MSL_WORD typedef typename msl_word<sizeof(T)>::type W
@@ -66,12 +70,12 @@ template <> struct msl_word<8> { typedef ulong type; };
     *expected = as_type<T>(old);                                                                                  \
     return done;                                                                                                  \
   }                                                                                                               \
-  MSL_ATOMIC_FETCH(SPACE, add, a + b, true) MSL_ATOMIC_FETCH(SPACE, sub, a - b, true)                             \
+  MSL_ATOMIC_FETCH(SPACE, add, a + b, msl_in_device<SPACE char>) MSL_ATOMIC_FETCH(SPACE, sub, a - b, msl_in_device<SPACE char>) \
   MSL_ATOMIC_FETCH(SPACE, min, (b < a ? b : a), false) MSL_ATOMIC_FETCH(SPACE, max, (a < b ? b : a), false)       \
   MSL_ATOMIC_FETCH(SPACE, and, a & b, false) MSL_ATOMIC_FETCH(SPACE, or, a | b, false)                            \
   MSL_ATOMIC_FETCH(SPACE, xor, a ^ b, false)
 #define MSL_ATOMIC_FETCH(SPACE, name, result, for_float)                                                          \
-  template <class T, enable_if_t<(is_integral_v<T> && !is_same_v<T, bool>) || (for_float && is_same_v<T, float>), bool> = true> \
+  template <class T, enable_if_t<is_same_v<T, int> || is_same_v<T, uint> || (for_float && is_same_v<T, float>), bool> = true> \
   MSL_FN T atomic_fetch_##name##_explicit(volatile SPACE atomic<T>* p, typename msl_exactly<T>::type b, memory_order order) \
       MSL_RELAXED(order) {                                                                                        \
     MSL_WORD;                                                                                                     \
@@ -82,9 +86,11 @@ template <> struct msl_word<8> { typedef ulong type; };
   }
 MSL_ATOMICS(device) MSL_ATOMICS(threadgroup)
 // On 64 bits Metal has these two only, without a result.
-#define MSL_ATOMIC_EXTREME(name)                                                                                   \
+#define MSL_ATOMIC_EXTREME(name, worse)                                                                            \
   MSL_FN void atomic_##name##_explicit(volatile device atomic_ulong* p, ulong v, memory_order order) MSL_RELAXED(order) { \
-    atomic_fetch_##name##_explicit(p, v, memory_order_relaxed);                                                    \
+    msl_atomic_access((ulong)p, sizeof(ulong), 2);                                                                 \
+    volatile device ulong* at = (volatile device ulong*)p;                                                         \
+    if (__atomic_load_n(at, __ATOMIC_SEQ_CST) worse v) __atomic_store_n(at, v, __ATOMIC_SEQ_CST);                  \
   }
-MSL_ATOMIC_EXTREME(min) MSL_ATOMIC_EXTREME(max)
+MSL_ATOMIC_EXTREME(min, >) MSL_ATOMIC_EXTREME(max, <)
 }  // namespace metal

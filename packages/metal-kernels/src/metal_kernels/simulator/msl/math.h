@@ -25,6 +25,16 @@ MSL_FN float smoothstep(float low, float high, float x) {
   return t * t * (3 - 2 * t);
 }
 constexpr constant float pi = 3.14159265358979323846f;
+// With what is left of x beyond a whole number, so that large angles stay exact.
+MSL_FN float sinpi(float x) {
+  float whole = __builtin_rintf(x), s = msl_sinf(pi * (x - whole));
+  return whole - 2 * __builtin_floorf(whole / 2) != 0 ? -s : s;
+}
+MSL_FN float cospi(float x) {
+  float a = __builtin_fabsf(x);
+  return sinpi(0.5f - (a - 2 * __builtin_floorf(a / 2)));
+}
+MSL_FN float powr(float x, float y) { return x < 0 ? __builtin_nanf("") : msl_powf(x, y); }
 }  // namespace msl_scalar
 
 // Where one argument is a vector, scalars among the others stand for vectors of that value.
@@ -104,15 +114,15 @@ constexpr constant float pi = 3.14159265358979323846f;
   MSL_MATH1(asin, msl_asinf(x)) MSL_MATH1(acos, msl_acosf(x)) MSL_MATH1(atan, msl_atanf(x))                            \
   MSL_MATH1(sinh, msl_sinhf(x)) MSL_MATH1(cosh, msl_coshf(x)) MSL_MATH1(tanh, msl_tanhf(x))                            \
   MSL_MATH1(asinh, msl_asinhf(x)) MSL_MATH1(acosh, msl_acoshf(x)) MSL_MATH1(atanh, msl_atanhf(x))                      \
-  MSL_MATH1(sinpi, msl_sinf(msl_scalar::pi * x)) MSL_MATH1(cospi, msl_cosf(msl_scalar::pi * x))                    \
-  MSL_MATH1(tanpi, msl_tanf(msl_scalar::pi * x))                                                               \
+  MSL_MATH1(sinpi, msl_scalar::sinpi(x)) MSL_MATH1(cospi, msl_scalar::cospi(x))                    \
+  MSL_MATH1(tanpi, msl_scalar::sinpi(x) / msl_scalar::cospi(x))                                                               \
   MSL_MATH1(sqrt, __builtin_sqrtf(x)) MSL_MATH1(rsqrt, 1.0f / __builtin_sqrtf(x))                          \
   MSL_MATH1(floor, __builtin_floorf(x)) MSL_MATH1(ceil, __builtin_ceilf(x))                                \
   MSL_MATH1(trunc, __builtin_truncf(x)) MSL_MATH1(round, __builtin_roundf(x))                              \
   MSL_MATH1(rint, __builtin_rintf(x)) MSL_MATH1(fabs, __builtin_fabsf(x)) MSL_MATH1(abs, __builtin_fabsf(x)) \
   MSL_MATH1(fract, msl_scalar::fract(x)) MSL_MATH1(sign, msl_scalar::sign(x))                              \
   MSL_MATH1(saturate, msl_scalar::saturate(x))                                                             \
-  MSL_MATH2(pow, msl_powf(x, y)) MSL_MATH2(powr, msl_powf(x, y)) MSL_MATH2(fmod, msl_fmodf(x, y))                      \
+  MSL_MATH2(pow, msl_powf(x, y)) MSL_MATH2(powr, msl_scalar::powr(x, y)) MSL_MATH2(fmod, msl_fmodf(x, y))                      \
   MSL_MATH2(atan2, msl_atan2f(x, y)) MSL_MATH2(divide, x / y) MSL_MATH2(remainder, msl_remainderf(x, y))           \
   MSL_MATH2(fdim, __builtin_fmaxf(x - y, 0.f)) MSL_MATH2(step, y < x ? 0.f : 1.f)                          \
   MSL_MATH2(nextafter, msl_nextafterf(x, y)) MSL_MATH2(copysign, __builtin_copysignf(x, y))                    \

@@ -11,6 +11,9 @@ template <class T, int C, int R> struct matrix {
     for (int c = 0; c < C; c++)
       for (int r = 0; r < R; r++) columns[c][r] = r == c ? diagonal : (T)0;
   }
+  template <class U> MSL_FN explicit matrix(matrix<U, C, R> m) {
+    for (int c = 0; c < C; c++) columns[c] = __builtin_convertvector(m.columns[c], column);
+  }
   // From its columns, or from its elements column by column.
   template <class A, class... More, enable_if_t<sizeof...(More) + 1 == C || sizeof...(More) + 1 == C * R, bool> = true>
   MSL_FN matrix(A first, More... more) {

@@ -56,6 +56,14 @@ template <class T> struct uniform {
   MSL_FN constexpr uniform(T value) : value_(value) {}
   MSL_FN constexpr operator T() const { return value_; }
 };
+#define MSL_UNIFORM(op)                                                                                          \
+  template <class T> MSL_FN constexpr auto operator op(uniform<T> a, uniform<T> b) { return a.value_ op b.value_; } \
+  template <class T, class U, enable_if_t<is_arithmetic_v<U>, bool> = true>                                       \
+  MSL_FN constexpr auto operator op(uniform<T> a, U b) { return a.value_ op b; }                                  \
+  template <class T, class U, enable_if_t<is_arithmetic_v<U>, bool> = true>                                       \
+  MSL_FN constexpr auto operator op(U a, uniform<T> b) { return a op b.value_; }
+MSL_UNIFORM(+) MSL_UNIFORM(-) MSL_UNIFORM(*) MSL_UNIFORM(/) MSL_UNIFORM(%) MSL_UNIFORM(<) MSL_UNIFORM(>)
+MSL_UNIFORM(<=) MSL_UNIFORM(>=) MSL_UNIFORM(==) MSL_UNIFORM(!=)
 template <class T> MSL_FN constexpr uniform<T> make_uniform(T value) { return uniform<T>(value); }
 #if __METAL_VERSION__ >= 320
 struct os_log {
@@ -69,5 +77,6 @@ struct os_log {
   template <class... A> MSL_FN void log_error(const constant char*, A...) const thread {}
   template <class... A> MSL_FN void log(const constant char*, A...) const thread {}
 };
+constexpr constant os_log os_log_default("", "");
 #endif
 }  // namespace metal

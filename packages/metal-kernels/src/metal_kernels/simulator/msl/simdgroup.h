@@ -22,6 +22,10 @@ template <class T> MSL_FN T msl_of_lane(const thread MslSlots* lanes, uint lane)
   return *(const thread T*)lanes->value[lane & 31];
 }
 
+template <class T> MSL_FN T msl_larger(T a, T b) { return max(a, b); }
+template <class T> MSL_FN T msl_smaller(T a, T b) { return min(a, b); }
+MSL_FN bfloat msl_larger(bfloat a, bfloat b) { return (bfloat)max((float)a, (float)b); }
+MSL_FN bfloat msl_smaller(bfloat a, bfloat b) { return (bfloat)min((float)a, (float)b); }
 #define MSL_REDUCE_LANES(first, last, combine)            \
   bool some = false;                                      \
   T r{};                                                  \
@@ -47,7 +51,7 @@ template <class T> MSL_FN T msl_of_lane(const thread MslSlots* lanes, uint lane)
     MSL_REDUCE_LANES(base, base + 4, combine)             \
     return r;                                             \
   }
-MSL_REDUCTION(sum, r + x) MSL_REDUCTION(product, r* x) MSL_REDUCTION(max, max(r, x)) MSL_REDUCTION(min, min(r, x))
+MSL_REDUCTION(sum, r + x) MSL_REDUCTION(product, r* x) MSL_REDUCTION(max, msl_larger(r, x)) MSL_REDUCTION(min, msl_smaller(r, x))
 MSL_REDUCTION(and, r& x) MSL_REDUCTION(or, r | x) MSL_REDUCTION(xor, r ^ x)
 
 #define MSL_SCAN(name, own, start, combine)               \

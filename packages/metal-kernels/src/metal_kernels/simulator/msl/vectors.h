@@ -70,7 +70,11 @@ template <class T, class A> MSL_FN constexpr T msl_convert(A a) {
       return __builtin_convertvector(a.lanes(), T);
     else if constexpr (msl_half_to_bfloat<E, typename msl_shape<A>::element>)
       return __builtin_convertvector(__builtin_convertvector(a, vec<float, msl_shape<T>::size>), T);
-    else
+    else if constexpr (is_integral_v<E> && is_floating_point_v<typename msl_shape<A>::element>) {
+      T v{};  // lane by lane, since only a scalar keeps to the integer's range
+      for (int i = 0; i < msl_shape<T>::size; i++) v[i] = (E)a[i];
+      return v;
+    } else
       return __builtin_convertvector(a, T);
   } else if constexpr (msl_shape<T>::is_vector && is_arithmetic_v<A>) {
     return (T)(msl_convert<E>(a));
@@ -96,6 +100,15 @@ template <class T, class A, class B, class... R> MSL_FN constexpr T msl_make(A a
 template <class T> struct msl_cast_to {
   template <class A> MSL_FN constexpr T operator->*(A a) const { return msl_convert<T, msl_bare<A>>(a); }
 };
+
+// A comparison: of vectors it gives lanes of 0 and -1, which become what they mean.
+template <class T> MSL_FN constexpr T msl_compared(T a) { return a; }
+template <class T, int N> MSL_FN msl_bools<N> msl_compared(vec<T, N> a) { return a; }
+
+// A scalar beside the vector V, as one of its lanes.
+template <class V, class S> MSL_FN constexpr make_scalar_t<msl_bare<remove_reference_t<V>>> msl_as_lane(S s) {
+  return (make_scalar_t<msl_bare<remove_reference_t<V>>>)s;
+}
 
 // c ? a : b
 template <class T> MSL_FN constexpr T msl_value(T a) { return a; }
@@ -196,4 +209,5 @@ typedef metal::msl_bools<4> bool4;
   typedef metal::msl_packed<T, 3> packed_##T##3; \
   typedef metal::msl_packed<T, 4> packed_##T##4;
 MSL_PACKED(char) MSL_PACKED(uchar) MSL_PACKED(short) MSL_PACKED(ushort) MSL_PACKED(int) MSL_PACKED(uint)
+MSL_PACKED(long) MSL_PACKED(ulong)
 MSL_PACKED(half) MSL_PACKED(float) MSL_PACKED(bfloat)

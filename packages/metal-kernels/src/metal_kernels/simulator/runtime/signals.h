@@ -36,6 +36,7 @@ static void on_signal(int signal, void* information, void* context) {
   u64* pc = (u64*)((u8*)context + kInstructionPointer);
   u64* stack_pointer = (u64*)((u8*)context + kStackPointer);
   Fault f = fault_here(signal == kArithmeticFault ? Kind::division_by_zero : Kind::crash, *pc + 1);
+  if (signal == kArithmeticFault) f.offset = checked;  // a checked run finds zeros itself: this is an overflow
   bool in_kernel = *pc >= library_begin && *pc < library_end;
   if (!in_kernel) f.pc = 0;
   u64 address = *(u64*)((u8*)information + 16);
