@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_models import load
+from metal_models import MetalModelsError, load
 from metal_models.checkpoint import read_config
 from metal_models.multimodal import MultimodalItem, has_towers, load_towers
 from metal_models.multimodal.mlx_vlm_models import build as build_vlm
@@ -883,6 +883,15 @@ def test_a_prefix_that_ends_within_an_image_is_shared(
     requests.append(server.ask(second.tokens, second.items, shares=requests[0], shared_tokens=shared))
     lab.serve_mixed(server, requests, NEW_TOKENS, chunk=64)
     check(family, requests, [first, second])
+
+
+def test_video_with_its_own_sound(family_of: Callable[[str], Family]) -> None:
+    family = family_of("qwen3_omni_moe")
+    video = omni_video(2, 4, 4)
+    video.data["use_audio_in_video"] = np.array([True])
+    asked = prompt(text(3), video)
+    with pytest.raises(MetalModelsError, match=r"got use_audio_in_video\. Give the sound beside it"):
+        family.towers.rope_positions(np.array(asked.tokens, np.int32), asked.items)
 
 
 @pytest.mark.slow
