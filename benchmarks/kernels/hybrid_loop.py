@@ -78,17 +78,21 @@ class HybridLoop(Loop):
         self, starts: np.ndarray | None = None, seq_lens: np.ndarray | None = None
     ) -> list[AttentionMetadata]:
         """Return what a step needs to know: by default the next one."""
-        return [
-            AttentionMetadata.build(
-                self.starts if starts is None else starts,
-                self.seq_lens + 1 if seq_lens is None else seq_lens,
+        starts = self.starts if starts is None else starts
+        seq_lens = self.seq_lens + 1 if seq_lens is None else seq_lens
+        metadata: list[AttentionMetadata] = []
+        for group, table in zip(self.groups, self.tables, strict=True):
+            of_group = AttentionMetadata.build(
+                starts,
+                seq_lens,
                 table,
                 group.block_size,
                 kernel_block_size=group.kernel_block_size,
                 keeps_rows=group.keeps_rows,
+                like=metadata[0] if metadata else None,
             )
-            for group, table in zip(self.groups, self.tables, strict=True)
-        ]
+            metadata.append(of_group)
+        return metadata
 
     def prefill(self, prompts: np.ndarray) -> None:
         """Compute prompts ``[requests, length]``."""

@@ -47,3 +47,28 @@ def test_shared_work_is_done_once():
 def test_refuses_contradictions(starts, seq_lens, message):
     with pytest.raises(MetalKernelsError, match=message):
         batch(starts, seq_lens)
+
+
+def test_one_row_each():
+    assert batch_of([1, 1, 1], [4, 1, 9]).one_row_each
+    assert not batch_of([1, 2, 0], [4, 2, 9]).one_row_each
+    decode = batch_of([1, 1], [4, 9])
+    assert decode.query_lens.tolist() == [1, 1]
+    assert (decode.num_decodes, decode.max_query_len, decode.num_tokens) == (2, 1, 2)
+
+
+def test_the_same_rows_over_other_blocks():
+    batch = batch_of([1, 3], [4, 9])
+    kept = batch.once("a", lambda: "own")
+    other = batch.with_blocks(np.array([[7, 8, 9], [4, 5, 6]], np.int32))
+    assert other.block_table.tolist() == [[7, 8, 9], [4, 5, 6]]
+    assert other.query_lens.tolist() == [1, 3]
+    assert other.once("a", lambda: "other") == "other"
+    assert batch.once("a", lambda: "new") == kept
+    with pytest.raises(MetalKernelsError, match="2 rows"):
+        batch.with_blocks(np.zeros((3, 1), np.int32))
+
+
+def batch_of(query_lens, seq_lens):
+    starts = np.cumsum([0, *query_lens]).astype(np.int32)
+    return RaggedBatch(starts, np.array(seq_lens, np.int32), np.ones((len(seq_lens), 4), np.int32))

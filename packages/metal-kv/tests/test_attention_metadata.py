@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kv import AttentionMetadata, SpecError
+from metal_kv import AttentionMetadata, BlockTableError, SpecError
 
 TABLE = np.array([[5, 2], [1, 4]], np.int32)
 
@@ -23,6 +23,24 @@ def test_groups_share_positions():
     second = AttentionMetadata.build([0, 1, 4], [6, 3], TABLE, 8, first.positions)
     assert second.positions is first.positions
     assert second.slot_mapping.tolist() == [5 * 8 + 5, 8, 9, 10]
+
+
+def test_a_group_takes_rows_from_another():
+    first = AttentionMetadata.build([0, 1, 4], [6, 3], TABLE, 4)
+    second = AttentionMetadata.build([0, 1, 4], [6, 3], TABLE[:, ::-1].copy(), 8, like=first)
+    assert second.positions is first.positions
+    assert second.slot_mapping.tolist() == [2 * 8 + 5, 4 * 8, 4 * 8 + 1, 4 * 8 + 2]
+    assert second.batch.block_table.tolist() == TABLE[:, ::-1].tolist()
+
+
+def test_a_step_that_only_decodes_has_the_slots_that_it_has_beside_a_prompt():
+    table = np.array([[5, 2], [0, 4], [1, 0]], np.int32)
+    decode = AttentionMetadata.build([0, 1, 2], [6, 3], table[:2], 4)
+    mixed = AttentionMetadata.build([0, 1, 2, 4], [6, 3, 2], table, 4)
+    assert decode.slot_mapping.tolist() == mixed.slot_mapping.tolist()[:2] == [2 * 4 + 1, -1]
+    assert decode.positions.tolist() == mixed.positions.tolist()[:2]
+    with pytest.raises(BlockTableError, match="below 8"):
+        AttentionMetadata.build([0, 1, 2], [6, 9], table[:2], 4)
 
 
 def test_kernel_blocks_change_the_table_and_not_the_slots():

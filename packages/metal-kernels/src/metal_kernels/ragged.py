@@ -16,6 +16,11 @@ _Built = TypeVar("_Built")
 # MLX puts inputs of fewer elements in another Metal address space, which would be another kernel.
 _MIN_DEVICE_ELEMENTS = 8
 
+_COUNT = np.arange(1025, dtype=np.int32)
+_ONES = np.ones(1024, np.int32)
+_COUNT.flags.writeable = _ONES.flags.writeable = False
+_COUNT_BYTES = _COUNT.tobytes()
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedBatch:
@@ -56,21 +61,31 @@ class RaggedBatch:
                 f"[RaggedBatch] expected {reqs + 1} row starts and {reqs} block table rows for {reqs} requests, "
                 f"got {len(self.query_start_loc)} and {len(self.block_table)}. Slice the arrays to the batch."
             )
-        if self.query_start_loc[0] != 0 or (self.query_lens < 0).any():
+        if self.one_row_each:
+            self.__dict__["query_lens"] = _ONES[:reqs]
+        if self.query_start_loc[0] != 0 or (not self.one_row_each and self.query_lens.min(initial=0) < 0):
             raise MetalKernelsError(
                 "[RaggedBatch] expected query_start_loc to start at 0 and never fall, got "
                 f"{self.query_start_loc.tolist()}. Build it as a running sum of rows per request."
             )
-        if (self.seq_lens < self.query_lens).any():
+        fewest = 1 if self.one_row_each else self.query_lens
+        if (self.seq_lens < fewest).any():
             raise MetalKernelsError(
                 f"[RaggedBatch] expected seq_lens to include the step's rows ({self.query_lens.tolist()}), got "
                 f"{self.seq_lens.tolist()}. Add the scheduled tokens to the computed ones."
             )
 
     @cached_property
+    def one_row_each(self) -> bool:
+        """Whether every request has exactly one row: a step that only decodes."""
+        starts = self.query_start_loc
+        return len(starts) <= len(_COUNT) and starts.tobytes() == _COUNT_BYTES[: starts.nbytes]
+
+    @cached_property
     def query_lens(self) -> Int32[np.ndarray, "reqs"]:
         """Rows of each request in this step."""
-        return np.diff(self.query_start_loc)
+        lens: np.ndarray = self.query_start_loc[1:] - self.query_start_loc[:-1]
+        return lens
 
     @cached_property
     def num_reqs(self) -> int:
@@ -85,18 +100,37 @@ class RaggedBatch:
     @cached_property
     def num_decodes(self) -> int:
         """Number of leading requests that have exactly one row."""
+        if self.one_row_each:
+            return self.num_reqs
         others = np.flatnonzero(self.query_lens != 1)
         return int(others[0]) if others.size else self.num_reqs
 
     @cached_property
     def max_query_len(self) -> int:
         """Most rows of any request; 0 without requests."""
+        if self.one_row_each:
+            return min(1, self.num_reqs)
         return int(self.query_lens.max(initial=0))
 
     @cached_property
     def max_seq_len(self) -> int:
         """Longest context of any request; 0 without requests."""
         return int(self.seq_lens.max(initial=0))
+
+    def with_blocks(self, block_table: Int32[np.ndarray, "reqs max_blocks"]) -> "RaggedBatch":
+        """Return the same rows over other blocks: those of another cache group.
+
+        Raises:
+            MetalKernelsError: The table does not fit the batch.
+        """
+        if block_table.dtype != np.int32 or block_table.ndim != 2 or len(block_table) != self.num_reqs:
+            raise MetalKernelsError(
+                f"[RaggedBatch.with_blocks] expected an int32 table of {self.num_reqs} rows, got {block_table.dtype} "
+                f"of shape {block_table.shape}. Slice the table to the batch."
+            )
+        other: RaggedBatch = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, block_table=block_table, _kept={})  # what is known of the rows stays
+        return other
 
     def on_device(self, name: str) -> Int32[mx.array, "..."]:
         """Return the device twin of the array field ``name``, made on first use.

@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from metal_kernels import RaggedBatch
 from metal_kv.block_table import kernel_block_table
 from metal_kv.errors import SpecError
-from metal_kv.slot_mapping import slot_mapping, token_positions
+from metal_kv.slot_mapping import decode_slot_mapping, slot_mapping, token_positions
 
 
 class StepArray:
@@ -58,6 +58,7 @@ class AttentionMetadata:
         *,
         kernel_block_size: int | None = None,
         keeps_rows: bool = True,
+        like: "AttentionMetadata | None" = None,
     ) -> "AttentionMetadata":
         """Build the metadata of a step on the host.
 
@@ -70,6 +71,7 @@ class AttentionMetadata:
             positions: The step's positions when another group already has them.
             kernel_block_size: Tokens per block as kernels see them; None for ``block_size``.
             keeps_rows: False for a group of recurrent layers, which write no rows: every slot is -1.
+            like: The same step as another group sees it: its rows and positions are taken from there, unchecked.
 
         Raises:
             BlockTableError: A row lies beyond the request's blocks.
@@ -81,19 +83,21 @@ class AttentionMetadata:
                 f"[AttentionMetadata.build] expected a kernel_block_size that divides {block_size}, "
                 f"got {kernel_block_size}. Use the kernel block size of the group."
             )
-        starts = np.asarray(query_start_loc, np.int32)
-        lens = np.asarray(seq_lens, np.int32)
-        batch = RaggedBatch(
-            query_start_loc=starts,
-            seq_lens=lens,
-            block_table=kernel_block_table(block_table, block_size // kernel_block_size),
-        )
-        host_positions = token_positions(starts, lens)
-        if keeps_rows:
-            slots = slot_mapping(starts, host_positions, block_table, block_size)
+        table = kernel_block_table(block_table, block_size // kernel_block_size)
+        if like is not None:
+            batch, places = like.batch.with_blocks(table), like.places
         else:
-            slots = np.full(len(host_positions), -1, np.int32)
-        return cls(batch, StepArray(slots), StepArray(host_positions, positions))
+            starts, lens = np.asarray(query_start_loc, np.int32), np.asarray(seq_lens, np.int32)
+            batch = RaggedBatch(query_start_loc=starts, seq_lens=lens, block_table=table)
+            rows_at = lens - np.int32(1) if batch.one_row_each else token_positions(starts, lens)
+            places = StepArray(rows_at, positions)
+        if keeps_rows and batch.one_row_each:
+            slots = decode_slot_mapping(places.host, block_table, block_size)
+        elif keeps_rows:
+            slots = slot_mapping(batch.query_start_loc, places.host, block_table, block_size)
+        else:
+            slots = np.full(len(places.host), -1, np.int32)
+        return cls(batch, StepArray(slots), places)
 
     def at(self, positions: Int32[np.ndarray, "tokens"]) -> "AttentionMetadata":
         """Return the same rows at other positions."""

@@ -13,7 +13,10 @@ from metal_kernels import (
     quantized_paged_attention,
     quantized_reshape_and_cache,
     reshape_and_cache,
+    target,
 )
+from metal_kernels.reference.cache import page_rows, write_page_rows
+from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.spec import AttentionSpec
 
 
@@ -22,12 +25,17 @@ def write_rows(
     key: Float[mx.array, "tokens kv_heads head_size"],
     value: Float[mx.array, "tokens kv_heads head_size"],
     kv_cache: mx.array,
-    slot_mapping: Int32[mx.array, "tokens"],
+    metadata: AttentionMetadata,
 ) -> tuple[mx.array, mx.array]:
     """Return the pages with the rows at their slots, and the token that orders reads after the write."""
     if spec.rows:
-        return quantized_reshape_and_cache(key, value, kv_cache, slot_mapping, spec.rows)
-    return reshape_and_cache(key.astype(spec.dtype), value.astype(spec.dtype), kv_cache, slot_mapping)
+        return quantized_reshape_and_cache(key, value, kv_cache, metadata.slot_mapping, spec.rows)
+    key, value = (rows if rows.dtype == spec.dtype else rows.astype(spec.dtype) for rows in (key, value))
+    if target() != "cpu":
+        return reshape_and_cache(key, value, kv_cache, metadata.slot_mapping)
+    block_size = kv_cache.shape[2]
+    places = metadata.batch.once(("page rows", block_size), lambda: page_rows(metadata.slots.host, block_size))
+    return write_page_rows(key, value, kv_cache, places), metadata.slot_mapping
 
 
 def attend_rows(

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Float, Int32
 
 from metal_kernels import (
@@ -16,11 +15,13 @@ from metal_kernels import (
     reference,
     target,
 )
+from metal_kernels.reference.attention import attend_dense
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.errors import MetalKVError
+from metal_kv.kept_rows import DecodeRuns, KeptRows, visible
 from metal_kv.key_value_pages import attend_rows, write_rows
 from metal_kv.layout import LayerPlace
-from metal_kv.recurrent_state import movable_pages, read_states, write_states
+from metal_kv.recurrent_state import BlockIds, movable_pages, read_states, write_states
 from metal_kv.slab import Slab
 from metal_kv.spec import AttentionSpec, KVCacheSpec, LatentSpec, RecurrentStateSpec
 from metal_kv.waiting_states import WaitingStates
@@ -35,12 +36,15 @@ class LayerCache:
         spec: What it keeps per allocated block.
     """
 
-    def __init__(self, name: str, place: LayerPlace, slab: Slab) -> None:
+    def __init__(self, name: str, place: LayerPlace, slab: Slab, runs: DecodeRuns | None = None) -> None:
         self.name = name
         self.group = place.group
         self.spec: KVCacheSpec = place.spec
         self._shape = place.view_shape
         self._slab = slab
+        self._runs = runs
+        self._kept: KeptRows | None = None
+        self._written: RaggedBatch | None = None
         self._waiting: WaitingStates | None = None
         if isinstance(place.spec, RecurrentStateSpec) and target() == "cpu":
             self._waiting = WaitingStates(place.spec, place.view_shape[0])
@@ -79,10 +83,15 @@ class LayerCache:
                 f"[LayerCache.write] expected keys and values of shape {expected} for layer {self.name!r}, "
                 f"got {key.shape} and {value.shape}. The layer's spec must match its model."
             )
+        if self._runs is not None:
+            at, kept = self._runs.at(metadata.batch), self._kept
+            self._written = metadata.batch
+            if kept is not None and at != (kept.run, kept.index + 1):
+                self._kept = None
         return self._slab.rewrite(
             self._shape,
             spec.page_dtype,
-            lambda pages: write_rows(spec, key, value, pages, metadata.slot_mapping),
+            lambda pages: write_rows(spec, key, value, pages, metadata),
             blocks=self._written_blocks(metadata),
         )
 
@@ -113,13 +122,25 @@ class LayerCache:
             value: Likewise.
         """
         spec = self._attention_spec("attend")
+        window = sliding_window or spec.window
+        kept = self._kept_rows(metadata.batch, window, key, value)
+        if kept is not None:
+            return attend_dense(
+                query,
+                kept.keys[:, :, : kept.end],
+                kept.values[:, :, : kept.end],
+                visible(metadata.batch),
+                scale=scale,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
         output = attend_rows(
             spec,
             query,
             self.kv_cache,
             metadata.batch,
             scale=scale,
-            sliding_window=sliding_window or spec.window,
+            sliding_window=window,
             soft_cap=soft_cap,
             sinks=sinks,
             order_token=order_token,
@@ -212,22 +233,21 @@ class LayerCache:
         self._slab.note_read(output)
         return output
 
-    def read_states(self, block_ids: Int32[mx.array, "states"]) -> tuple[mx.array, ...]:
+    def read_states(self, block_ids: BlockIds | Int32[mx.array, "states"]) -> tuple[mx.array, ...]:
         """Return the states in some blocks: for each array of a state, ``[states, *shape]``."""
-        spec = self._state_spec("read_states")
+        spec, blocks = self._state_spec("read_states"), BlockIds.of(block_ids)
         if self._waiting is not None:
-            ids = np.asarray(block_ids).tolist()
-            states = self._waiting.read(ids)
+            states = self._waiting.read(blocks.ids)
             if states is not None:
                 return states
-            if self._waiting.wait_for(ids):
-                self._slab.settle(ids)
+            if self._waiting.wait_for(blocks.ids):
+                self._slab.settle(blocks.ids)
         pages = self._slab.view(*movable_pages(self._shape[0], spec.page_size_bytes))
-        states = read_states(pages, block_ids, spec, self._slab.state_token)
+        states = read_states(pages, blocks.device, spec, self._slab.state_token)
         self._slab.note_copies(states)
         return states
 
-    def write_states(self, states: Sequence[mx.array], block_ids: Int32[mx.array, "states"]) -> None:
+    def write_states(self, states: Sequence[mx.array], block_ids: BlockIds | Int32[mx.array, "states"]) -> None:
         """Replace the states in some blocks; a later step reads them.
 
         Args:
@@ -235,18 +255,21 @@ class LayerCache:
                 follow from what ``read_states`` returned for the same blocks in this step, if it was called.
             block_ids: Blocks, all different, none of them the null block.
         """
-        spec = self._state_spec("write_states")
-        expected = tuple((block_ids.size, *shape) for shape in spec.shapes)
-        if tuple(state.shape for state in states) != expected:
+        spec, blocks = self._state_spec("write_states"), BlockIds.of(block_ids)
+        count = len(blocks.ids)
+        if len(states) != len(spec.shapes) or any(
+            state.shape != (count, *shape) for state, shape in zip(states, spec.shapes, strict=True)
+        ):
             raise MetalKVError(
-                f"[LayerCache.write_states] expected arrays of shapes {expected} for layer {self.name!r}, got "
-                f"{tuple(state.shape for state in states)}. The layer's spec must match its model."
+                f"[LayerCache.write_states] expected arrays of shapes {[(count, *shape) for shape in spec.shapes]} "
+                f"for layer {self.name!r}, got {[state.shape for state in states]}. "
+                "The layer's spec must match its model."
             )
         if self._waiting is not None:
-            self._let_wait(self._waiting, states, np.asarray(block_ids).tolist())
+            self._let_wait(self._waiting, states, blocks.ids)
             return
         shape, dtype = movable_pages(self._shape[0], spec.page_size_bytes)
-        token = self._slab.rewrite(shape, dtype, lambda pages: write_states(pages, block_ids, spec, states))
+        token = self._slab.rewrite(shape, dtype, lambda pages: write_states(pages, blocks.device, spec, states))
         self._slab.keep_state_token(token)
 
     @property
@@ -258,6 +281,32 @@ class LayerCache:
         """Let the next read of states follow ``order_token``: for steps that write states without this object."""
         self._slab.keep_state_token(order_token)
 
+    def _kept_rows(
+        self, batch: RaggedBatch, window: int | None, key: mx.array | None, value: mx.array | None
+    ) -> KeptRows | None:
+        """Return the rows of a step's requests where they are kept; None where they are to be read from pages.
+
+        They are gathered in the second step of a run: where every step has other requests, nothing is.
+        """
+        if self._runs is None or batch is not self._written or key is None or value is None:
+            return None
+        at = self._runs.at(batch)
+        if at is None or at[1] == 0 or (window is not None and window < batch.max_seq_len):
+            return None
+        kept = self._kept
+        if kept is not None and (kept.run, kept.index) == at:
+            return kept
+        if kept is None or not kept.append(key, value, self.spec.page_dtype):
+            self._kept = None  # first: never two of them
+            self._kept = KeptRows.gathered(self.kv_cache, batch, at)
+        return self._kept
+
+    def forget_rows(self) -> None:
+        """Read rows from their pages in the next step: something else than a step has written there."""
+        self._kept = None
+        if self._runs is not None:
+            self._runs.forget()
+
     def update(self, write: Callable[[mx.array], mx.array]) -> None:
         """Replace the layer's pages by ``write(pages)``; what recurrent layers write with.
 
@@ -265,13 +314,15 @@ class LayerCache:
             write: Takes ``kv_cache`` and returns an array of the same shape and dtype built from it; it keeps
                 no reference to what it was given, so that MLX can write in place.
         """
+        self.forget_rows()
         self._slab.rewrite(self._shape, self.spec.page_dtype, lambda pages: (write(pages), None))
 
     def _let_wait(self, waiting: WaitingStates, states: Sequence[mx.array], block_ids: list[int]) -> None:
         """Let states wait for the next step; those of the last step that go on without them go to their pages."""
-        left = waiting.beside(block_ids)
-        if left:
-            self._slab.write_waiting(waiting, left)
+        if block_ids != waiting.block_ids:
+            left = waiting.beside(block_ids)
+            if left:
+                self._slab.write_waiting(waiting, left)
         waiting.drop()
         self._slab.settle(block_ids)  # states of other layers, whose blocks these were
         waiting.replace(block_ids, states)

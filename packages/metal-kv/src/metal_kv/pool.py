@@ -1,16 +1,18 @@
 """The arrays that hold cached rows: allocated once, shared by the layers of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import mlx.core as mx
 
 from metal_kernels import copy_blocks, target
 from metal_kv.errors import MetalKVError
+from metal_kv.kept_rows import DecodeRuns
 from metal_kv.layer_cache import LayerCache
-from metal_kv.layout import CacheLayout
+from metal_kv.layout import CacheLayout, LayerPlace
 from metal_kv.recurrent_state import movable_pages
 from metal_kv.slab import Slab
+from metal_kv.spec import AttentionSpec, KVCacheSpec
 
 _BLOCKS_AT_ONCE = 256
 
@@ -41,7 +43,13 @@ class KVCachePool:
             for slab in range(layout.num_slabs)
         ]
         mx.eval(self.arrays())
-        self._layers = {name: LayerCache(name, place, self._slabs[place.slab]) for name, place in places.items()}
+        self._runs = _decode_runs(places.values(), layout.nbytes)
+        self._layers = {
+            name: LayerCache(
+                name, place, self._slabs[place.slab], self._runs.get(place.group) if _keeps_rows(place.spec) else None
+            )
+            for name, place in places.items()
+        }
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -77,6 +85,8 @@ class KVCachePool:
                 self.zero_blocks(range(first, min(first + _BLOCKS_AT_ONCE, self.layout.num_blocks)))
             return
         mx.eval(self.arrays())
+        for layer in self._layers.values():
+            layer.forget_rows()
         for slab in self._slabs:
             slab.clear()
 
@@ -89,6 +99,8 @@ class KVCachePool:
         """
         if pairs:
             self._check_pairs(pairs)
+            for runs in self._runs.values():
+                runs.forget([destination for _, destination in pairs])
             sources, destinations = (mx.array(ids, mx.int32) for ids in zip(*pairs, strict=True))
             self._copy(sources, destinations)
 
@@ -126,3 +138,17 @@ class KVCachePool:
             shape, dtype = movable_pages(self.layout.num_blocks, page_size)
             copy = partial(copy_blocks, src_blocks=sources, dst_blocks=destinations)
             mx.eval(slab.rewrite(shape, dtype, copy), slab.array)
+
+
+def _keeps_rows(spec: KVCacheSpec) -> bool:
+    """Tell whether a layer's keys and values may be kept beside their pages."""
+    return isinstance(spec, AttentionSpec) and spec.rows is None
+
+
+def _decode_runs(places: Collection[LayerPlace], pool_bytes: int) -> dict[int, DecodeRuns]:
+    """Return what tells the layers of each group on a CPU how steps follow one another."""
+    if target() != "cpu":
+        return {}
+    specs = [place.spec for place in places if isinstance(place.spec, AttentionSpec) and _keeps_rows(place.spec)]
+    row_bytes = sum(2 * spec.num_kv_heads * spec.head_size * mx.float32.size for spec in specs)
+    return {place.group: DecodeRuns(row_bytes, pool_bytes) for place in places}

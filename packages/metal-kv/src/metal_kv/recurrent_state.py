@@ -11,6 +11,34 @@ from metal_kernels import RaggedBatch, kernels, reshape_and_cache, target
 from metal_kv.errors import BlockTableError
 from metal_kv.spec import RecurrentStateSpec
 
+_BEFORE_AND_AFTER = np.array([[2], [1]], np.int32)  # how far before a context's end
+
+
+class BlockIds:
+    """Blocks of some states: what all recurrent layers of a step ask for.
+
+    Args:
+        host: Their ids.
+        device: The same on the device, where they are there already.
+    """
+
+    def __init__(self, host: Int32[np.ndarray, "states"], device: Int32[mx.array, "states"] | None = None) -> None:
+        self.ids: list[int] = host.tolist()
+        self._host = host
+        self._device = device
+
+    @classmethod
+    def of(cls, block_ids: "BlockIds | mx.array") -> "BlockIds":
+        """Return ids that may be on the device as such an object."""
+        return block_ids if isinstance(block_ids, BlockIds) else cls(np.asarray(block_ids), block_ids)
+
+    @property
+    def device(self) -> Int32[mx.array, "states"]:
+        """The ids on the device."""
+        if self._device is None:
+            self._device = mx.array(self._host)
+        return self._device
+
 
 @dataclass(frozen=True, eq=False)
 class StateBlocks:
@@ -51,6 +79,8 @@ def state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
 
 
 def _state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
+    if batch.one_row_each and batch.num_reqs and (decoding := _decoding_blocks(batch, block_size)):
+        return decoding
     num_computed = batch.seq_lens - batch.query_lens
     before = _blocks_of(batch, num_computed - 1, block_size)
     after = _blocks_of(batch, batch.seq_lens - 1, block_size)
@@ -66,6 +96,16 @@ def _state_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks:
     inside = np.where(passed, _blocks_of(batch, ends - 1, block_size), 0).astype(np.int32)
     rows_until = np.where(inside > 0, ends - num_computed, 0).astype(np.int32)
     return StateBlocks(before, after, inside, rows_until)
+
+
+def _decoding_blocks(batch: RaggedBatch, block_size: int) -> StateBlocks | None:
+    """Return the same for one row of each request, if all continue a state that has a block."""
+    columns = (batch.seq_lens - _BEFORE_AND_AFTER) // np.int32(block_size)
+    if columns.min() < 0 or columns.max() >= batch.block_table.shape[1]:
+        return None
+    before, after = blocks = batch.block_table[np.arange(batch.num_reqs), columns]
+    nowhere = np.zeros(batch.num_reqs, np.int32)
+    return StateBlocks(before, after, nowhere, nowhere) if blocks.all() else None
 
 
 def _blocks_of(batch: RaggedBatch, positions: np.ndarray, block_size: int) -> Int32[np.ndarray, "reqs"]:

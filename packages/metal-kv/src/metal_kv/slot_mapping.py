@@ -43,13 +43,41 @@ def slot_mapping(
     """
     blocks, offsets = np.divmod(positions, np.int32(block_size))
     if blocks.size and blocks.max() >= block_table.shape[1]:
-        raise BlockTableError(
-            f"[slot_mapping] expected positions below {block_table.shape[1] * block_size} "
-            f"({block_table.shape[1]} blocks of {block_size}), got {int(positions.max())}. "
-            "Allocate the blocks of a request before building its step."
-        )
+        raise _beyond(positions, block_table, block_size)
     requests = np.repeat(np.arange(block_table.shape[0]), np.diff(query_start_loc))
     block_ids = block_table[requests, blocks]
     slots: np.ndarray = block_ids * np.int32(block_size) + offsets
     slots[block_ids == 0] = -1
     return slots
+
+
+def decode_slot_mapping(
+    positions: Int32[np.ndarray, "reqs"], block_table: Int32[np.ndarray, "reqs max_blocks"], block_size: int
+) -> Int32[np.ndarray, "reqs"]:
+    """Return what ``slot_mapping`` does for a step in which every request has one row.
+
+    Args:
+        positions: Position of each request's row, from 0.
+        block_table: As there.
+        block_size: As there.
+
+    Raises:
+        BlockTableError: A position lies beyond the table's last column.
+    """
+    blocks = positions // np.int32(block_size)
+    try:
+        block_ids = block_table[np.arange(len(positions)), blocks]
+    except IndexError:
+        raise _beyond(positions, block_table, block_size) from None
+    slots: np.ndarray = positions + (block_ids - blocks) * np.int32(block_size)
+    if not block_ids.all():
+        slots[block_ids == 0] = -1
+    return slots
+
+
+def _beyond(positions: np.ndarray, block_table: np.ndarray, block_size: int) -> BlockTableError:
+    return BlockTableError(
+        f"[slot_mapping] expected positions below {block_table.shape[1] * block_size} "
+        f"({block_table.shape[1]} blocks of {block_size}), got {int(positions.max())}. "
+        "Allocate the blocks of a request before building its step."
+    )

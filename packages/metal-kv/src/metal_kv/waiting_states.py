@@ -57,7 +57,8 @@ class WaitingStates:
         """Let other states wait; what waited is dropped."""
         self.block_ids, self._known = list(block_ids), set(block_ids)
         self._states = [
-            mx.contiguous(state.astype(dtype)) for state, dtype in zip(states, self._spec.dtypes, strict=True)
+            mx.contiguous(state if state.dtype == dtype else state.astype(dtype))
+            for state, dtype in zip(states, self._spec.dtypes, strict=True)
         ]
 
     def drop(self) -> None:

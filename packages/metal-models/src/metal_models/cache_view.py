@@ -36,9 +36,18 @@ class Step:
         self.positions = mx.zeros((0,), mx.int32)
         self.metadata: Sequence[AttentionMetadata] = ()
         self.spans = Spans()
+        self.plain = False
 
-    def begin(self, metadata: Sequence[AttentionMetadata], spans: Spans | None = None) -> None:
-        """Make ``metadata`` (one per cache group) the rows that the views speak of; ``spans`` see each other."""
+    def begin(self, metadata: Sequence[AttentionMetadata], spans: Spans | None = None, *, plain: bool = False) -> None:
+        """Make ``metadata`` (one per cache group) the rows that the views speak of.
+
+        Args:
+            metadata: Of the step.
+            spans: Rows that see each other.
+            plain: Whether the rows take nothing but tokens and positions, and no adapters: modules do the same then
+                as in every other such step.
+        """
+        self.plain = plain
         self.metadata = metadata
         self.positions = metadata[0].positions
         self.spans = spans or Spans()

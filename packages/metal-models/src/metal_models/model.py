@@ -123,7 +123,7 @@ class PagedModel:
             rows = self._decode_step(token_ids, metadata)
             if rows is not None:
                 return rows
-        self._step.begin(metadata, Spans.of(bidirectional, architecture_of(self.config)))
+        self._step.begin(metadata, Spans.of(bidirectional, architecture_of(self.config)), plain=plain)
         try:
             with self._row_inputs.applied(self._step.positions, embeddings, rope_positions):
                 ids = self._row_inputs.without_tokens(token_ids, embeddings)

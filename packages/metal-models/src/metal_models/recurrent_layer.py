@@ -7,13 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
+from metal_kernels import target
 from metal_kv.pool import KVCachePool
 from metal_kv.spec import KVCacheSpec, RecurrentStateSpec
 from metal_models.cache_view import Step
 from metal_models.decode_views import RowStep, StateDecodeView
 from metal_models.layer import Layer, UnusedLayer
 from metal_models.module_calls import ModuleCalls
-from metal_models.sequences import StateView, run_over_sequences
+from metal_models.sequences import StateView, compile_decoding, run_over_sequences
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class RecurrentLayer(Layer):
 
     Attributes:
         module: What reads and writes the state: it is given whole sequences of the step's rows.
+        outer: The outermost module that is given the state, most often the model's layer; it may be the same.
         shapes: Of the arrays of one request's state.
         dtypes: Of the same.
     """
 
     module: nn.Module
+    outer: nn.Module
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
 
@@ -35,9 +38,10 @@ class RecurrentLayer(Layer):
         return {f"{name}.state": RecurrentStateSpec(block_size, self.shapes, self.dtypes)}
 
     def view(self, name: str, step: Step, pool: KVCachePool) -> StateView:
-        """Return a view over the layer's pages; from now on ``module`` takes such views beside mlx-lm's caches."""
+        """Return a view over the layer's pages; from now on the modules take such views beside mlx-lm's caches."""
         run_over_sequences(self.module)
-        return StateView(step, pool.layer(f"{name}.state"), len(self.shapes))
+        compile_decoding(self.outer)
+        return StateView(step, pool.layer(f"{name}.state"), len(self.shapes), compiles=target() == "cpu")
 
     def decode_view(self, name: str, step: RowStep, pool: KVCachePool) -> StateDecodeView:
         """Return a view for compiled steps; what ``view`` says of ``module`` holds here too."""
@@ -89,4 +93,4 @@ class NotingStates(ArraysCache):
         if not shared:
             raise TypeError("a layer's state is used by modules that no one module calls")
         shapes = tuple(array.shape[1:] for array in arrays)
-        return RecurrentLayer(shared[-1][0], shapes, tuple(array.dtype for array in arrays))
+        return RecurrentLayer(shared[-1][0], shared[0][0], shapes, tuple(array.dtype for array in arrays))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +13,9 @@ from mlx_lm.models.cache import ArraysCache
 
 from metal_kernels import RaggedBatch
 from metal_kv.layer_cache import LayerCache
-from metal_kv.recurrent_state import StateBlocks, state_blocks
+from metal_kv.recurrent_state import BlockIds, StateBlocks, state_blocks
 from metal_models.cache_view import Step
+from metal_models.compiled_calls import CompiledCalls
 from metal_models.errors import MetalModelsError
 
 
@@ -48,8 +49,13 @@ class StateRuns:
     """
 
     runs: tuple[SequenceRun, ...]
-    before: tuple[mx.array, ...]
-    after: mx.array
+    before: tuple[BlockIds, ...]
+    after: BlockIds
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request has one row and continues a state."""
+        return len(self.runs) == 1 and self.runs[0].length == 1 and not self.runs[0].fresh
 
 
 def state_runs(batch: RaggedBatch, block_size: int) -> StateRuns:
@@ -58,13 +64,17 @@ def state_runs(batch: RaggedBatch, block_size: int) -> StateRuns:
 
 
 def _state_runs(batch: RaggedBatch, blocks: StateBlocks) -> StateRuns:
+    if batch.num_reqs and batch.one_row_each and blocks.before.all():
+        everything = slice(0, batch.num_reqs)
+        run = SequenceRun(everything, everything, 1, fresh=False, kept_after=0)
+        return StateRuns((run,), (BlockIds(blocks.before),), BlockIds(blocks.after))
     runs = tuple(_runs(batch, blocks.rows_until))
     after = []
     for run in runs:
         kept = [blocks.inside[run.requests]] if run.kept_after else []
         after += [*kept, blocks.after[run.requests]]
-    before = tuple(mx.array(blocks.before[run.requests]) for run in runs)
-    return StateRuns(runs, before, mx.array(np.concatenate(after)))
+    before = tuple(BlockIds(blocks.before[run.requests]) for run in runs)
+    return StateRuns(runs, before, BlockIds(np.concatenate(after)))
 
 
 def _runs(batch: RaggedBatch, rows_until: np.ndarray) -> Iterator[SequenceRun]:
@@ -87,12 +97,15 @@ class StateView:
         step: Shared by all views of a model.
         layer: The pool's layer.
         size: Arrays of a state.
+        compiles: Whether calls of decode steps are compiled.
     """
 
-    def __init__(self, step: Step, layer: LayerCache, size: int) -> None:
+    def __init__(self, step: Step, layer: LayerCache, size: int, *, compiles: bool = False) -> None:
         self._step = step
         self._layer = layer
         self._size = size
+        self._compiles = compiles
+        self._compiled: dict[int, CompiledCalls] = {}
 
     def make_mask(self, N: int) -> None:
         """Return no mask: sequences are never padded."""
@@ -104,9 +117,8 @@ class StateView:
         Arrays of rows are cut into sequences, this view becomes an ``ArraysCache``, and the step's positions become
         the first position of each sequence. Other arguments go to every call as they are.
         """
-        batch, block_size = self._step.metadata[self._layer.group].batch, self._layer.spec.block_size
-        cut = state_runs(batch, block_size)
-        if len(cut.runs) == 1 and cut.runs[0].length == 1 and not cut.runs[0].fresh:
+        cut = self._cut()
+        if cut.decodes:
             return self._decode(call, args, kwargs, cut)
         outputs, states = [], []
         for run, block_ids in zip(cut.runs, cut.before, strict=True):
@@ -123,15 +135,53 @@ class StateView:
         self._layer.write_states([_join(list(parts)) for parts in zip(*states, strict=True)], cut.after)
         return _join(outputs)
 
+    def run_compiled(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return a module's output for a step of one row per request, from a compiled graph; None if there is none.
+
+        The module may be the one that needs sequences, or one around it that is given this view, too.
+        """
+        positions, values = self._step.positions, (*args, *kwargs.values())
+        if not self._compiles or not self._step.plain or any(value is positions for value in values):
+            return None  # rotary modules look at which array the positions are
+        cut = self._cut()
+        if not cut.decodes:
+            return None
+        compiled = self._compiled.get(id(module))
+        if compiled is None:
+            compiled = self._compiled[id(module)] = CompiledCalls(module)
+        rows, read = len(cut.after.ids), partial(self._read, cut.before[0])
+        result = compiled(partial(_with_states, call), args, kwargs, self, rows, read)
+        if result is None:
+            return None
+        output, states = result
+        self._layer.write_states(states, cut.after)
+        return output
+
+    def _cut(self) -> StateRuns:
+        return state_runs(self._step.metadata[self._layer.group].batch, self._layer.spec.block_size)
+
     def _decode(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], cut: StateRuns) -> Any:
         """Run a step of one row per request: its rows are sequences as they are."""
-        arrays: Any = ArraysCache(self._size)
-        arrays.cache = list(self._layer.read_states(cut.before[0]))
-        args = tuple(arrays if value is self else value for value in args)
-        kwargs = {name: arrays if value is self else value for name, value in kwargs.items()}
-        output = call(*args, **kwargs)
-        self._layer.write_states(arrays.cache, cut.after)
+        output, states = _with_states(call, args, kwargs, self, self._read(cut.before[0]))
+        self._layer.write_states(states, cut.after)
         return output
+
+    def _read(self, block_ids: BlockIds) -> list[mx.array]:
+        return list(self._layer.read_states(block_ids))
+
+
+def _with_states(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], view: object, states: list[Any]
+) -> tuple[Any, list[Any]]:
+    """Call a module with mlx-lm's cache of ``states`` in the place of ``view``; return the states it leaves, too."""
+    arrays: Any = ArraysCache(len(states))
+    arrays.cache = states
+    args = tuple(arrays if value is view else value for value in args)
+    kwargs = {name: arrays if value is view else value for name, value in kwargs.items()}
+    output = call(*args, **kwargs)
+    return output, arrays.cache
 
 
 @dataclass(frozen=True)
@@ -178,17 +228,42 @@ def _join(parts: list[Any], axis: int = 0) -> Any:
 
 def run_over_sequences(module: nn.Module) -> None:
     """Let ``module`` take a ``StateView`` in place of its cache; with any other it works as before. Idempotent."""
+    if not getattr(type(module), "takes_state_views", False):
+        module.__class__ = _over_sequences(type(module))
+
+
+def compile_decoding(module: nn.Module) -> None:
+    """Let ``module``, which hands a ``StateView`` on to one that takes it, be compiled for decoding. Idempotent."""
     cls = type(module)
-    if not getattr(cls, "takes_state_views", False):
-        module.__class__ = _over_sequences(cls)
+    if not getattr(cls, "takes_state_views", False) and not getattr(cls, "compiles_decoding", False):
+        module.__class__ = _compiling(cls)
+
+
+def _view_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateView | None:
+    for value in args:
+        if isinstance(value, StateView):
+            return value
+    return next((value for value in kwargs.values() if isinstance(value, StateView)), None)
 
 
 @cache
 def _over_sequences(cls: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        view = next((value for value in (*args, *kwargs.values()) if isinstance(value, StateView)), None)
+        view = _view_among(args, kwargs)
         if view is None:
             return cls.__call__(self, *args, **kwargs)
-        return view.run(lambda *cut, **named: cls.__call__(self, *cut, **named), args, kwargs)
+        plain = partial(cls.__call__, self)
+        output = view.run_compiled(self, plain, args, kwargs)
+        return view.run(plain, args, kwargs) if output is None else output
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "takes_state_views": True})
+
+
+@cache
+def _compiling(cls: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        view = _view_among(args, kwargs)
+        output = None if view is None else view.run_compiled(self, partial(cls.__call__, self), args, kwargs)
+        return cls.__call__(self, *args, **kwargs) if output is None else output
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "compiles_decoding": True})

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from metal_kernels.device import target
 from metal_kernels.ragged import RaggedBatch
@@ -55,6 +55,33 @@ def paged_attention(
         return (keys.astype(compute), values.astype(compute)) if convert else (keys, values)
 
     return attend_groups(query, plan, fetch, compute, Options(scale, soft_cap, sinks))
+
+
+def attend_dense(
+    query: Float[mx.array, "reqs q_heads head_size"],
+    keys: Float[mx.array, "reqs kv_heads columns head_size"],
+    values: Float[mx.array, "reqs kv_heads columns head_size"],
+    mask: Bool[mx.array, "reqs 1 1 columns"] | None,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Float[mx.array, "q_heads"] | None = None,
+) -> Float[mx.array, "reqs q_heads head_size"]:
+    """Attend one row of each request to keys that lie together; otherwise as :func:`metal_kernels.paged_attention`.
+
+    Args:
+        query: A row for each request.
+        keys: Of each request, in the type to compute in.
+        values: Likewise.
+        mask: Which keys a request has; None for all.
+        scale: See ``metal_kernels.paged_attention``.
+        soft_cap: Likewise.
+        sinks: Likewise.
+    """
+    options = Options(scale, soft_cap, None if sinks is None else sinks.astype(keys.dtype))
+    rows = query if query.dtype == keys.dtype else query.astype(keys.dtype)
+    (out,) = _attend_single_rows(rows, keys, values, (RowTile(slice(None), slice(None), mask),), options)
+    return out if out.dtype == query.dtype else out.astype(query.dtype)
 
 
 def attend_groups(

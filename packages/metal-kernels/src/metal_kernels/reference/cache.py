@@ -1,5 +1,7 @@
 """Reading and writing cache blocks with plain MLX operations."""
 
+from typing import NamedTuple
+
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int32
@@ -16,19 +18,47 @@ def reshape_and_cache(
     Returns a new array; the order token orders nothing here. ``slot_mapping`` is read back to the host,
     which costs nothing for an array made from host memory.
     """
-    slots = np.asarray(slot_mapping)
+    places = page_rows(np.asarray(slot_mapping), kv_cache.shape[2])
+    return write_page_rows(key, value, kv_cache, places), slot_mapping
+
+
+class PageRows(NamedTuple):
+    """Where rows of a step go in pages seen as rows, for all layers with pages of one block size.
+
+    ``rows`` are places of the keys, then of the values; ``kept`` are the rows that have one, None for all.
+    """
+
+    rows: mx.array | None
+    kept: mx.array | None
+
+
+def page_rows(slots: Int32[np.ndarray, "tokens"], block_size: int) -> PageRows:
+    """Return where rows with some slots go."""
+    kept = None
     if slots.size == 0 or slots.min() < 0:
-        kept = np.flatnonzero(slots >= 0)
-        if kept.size == 0:
-            return kv_cache, slot_mapping
-        rows = mx.array(kept.astype(np.int32))
-        key, value, slots = key[rows], value[rows], slots[kept]
-    # Both halves in one scatter over the cache seen as rows: on a CPU half the time of one scatter each.
-    block_size, kv_heads, head_size = kv_cache.shape[2:]
+        known = np.flatnonzero(slots >= 0)
+        if known.size == 0:
+            return PageRows(None, None)
+        kept, slots = mx.array(known.astype(np.int32)), slots[known]
     key_rows = slots + slots // block_size * block_size
-    written = kv_cache.reshape(-1, kv_heads, head_size)
-    written[mx.array(np.concatenate([key_rows, key_rows + block_size]))] = mx.concatenate([key, value])
-    return written.reshape(kv_cache.shape), slot_mapping
+    return PageRows(mx.array(np.concatenate([key_rows, key_rows + block_size])), kept)
+
+
+def write_page_rows(
+    key: Float[mx.array, "tokens kv_heads head_size"],
+    value: Float[mx.array, "tokens kv_heads head_size"],
+    kv_cache: Float[mx.array, "blocks 2 block_size kv_heads head_size"],
+    places: PageRows,
+) -> Float[mx.array, "blocks 2 block_size kv_heads head_size"]:
+    """Return pages that have rows at their places."""
+    if places.rows is None:
+        return kv_cache
+    if places.kept is not None:
+        key, value = key[places.kept], value[places.kept]
+    # Both halves in one scatter over the cache seen as rows: on a CPU half the time of one scatter each.
+    written = kv_cache.reshape(-1, *kv_cache.shape[3:])
+    written[places.rows] = mx.concatenate([key, value])
+    return written.reshape(kv_cache.shape)
 
 
 def copy_blocks(
