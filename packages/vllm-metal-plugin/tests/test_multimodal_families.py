@@ -42,8 +42,8 @@ QUICK = {
     "pixtral",
     "qwen3_5",
 }
-# Too few blocks for eight prompts: several kinds of caches need more, large blocks mean fewer.
-BLOCKS = dict.fromkeys(("cohere2_vision", "gemma3", "gemma4", "gemma4_unified", "llama4"), 90) | {"qwen3_5": 16}
+# Too few blocks for eight prompts: several kinds of caches need more.
+BLOCKS = dict.fromkeys(("cohere2_vision", "gemma3", "gemma4", "gemma4_unified", "llama4"), 90)
 
 
 def families(*, with_video: bool = False) -> list[Any]:
@@ -279,7 +279,9 @@ def test_steps_hold_the_largest_input(tmp_path: Path) -> None:
     assert made.scheduler_config.max_num_batched_tokens == 32 * 78
 
 
+# Qwen3.5's few, large blocks leave nothing to preempt; LFM2-VL has recurrent layers, too.
 @pytest.mark.slow
+@pytest.mark.parametrize("family", [each for each in families() if each.values[0] != "qwen3_5"], indirect=True)
 def test_preempted_requests_see_their_images_again(family: Family, make_engine: Callable[..., LLM]) -> None:
     settings = options(family, num_gpu_blocks_override=BLOCKS.get(family.name, 30), max_model_len=128)
     llm = make_engine(settings.pop("model"), **settings)
