@@ -82,12 +82,17 @@ def build_step_inputs(
     query_start_loc = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(query_lens, out=query_start_loc[1:])
     seq_lens = batch.num_computed_tokens[rows] + query_lens
-    metadata = [
-        AttentionMetadata.build(
-            query_start_loc, seq_lens, table.rows(rows), block_size or 1, keeps_rows=block_size is not None
+    metadata: list[AttentionMetadata] = []
+    for table, block_size in zip(batch.block_tables, block_sizes, strict=True):
+        of_group = AttentionMetadata.build(
+            query_start_loc,
+            seq_lens,
+            table.rows(rows),
+            block_size or 1,
+            keeps_rows=block_size is not None,
+            like=metadata[0] if metadata else None,
         )
-        for table, block_size in zip(batch.block_tables, block_sizes, strict=True)
-    ]
+        metadata.append(of_group)
     num_drafts = np.fromiter((len(drafts.get(req_id, ())) for req_id in req_ids), np.int32, len(req_ids))
     return StepInputs(
         req_ids=req_ids,
