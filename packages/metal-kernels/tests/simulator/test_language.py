@@ -73,8 +73,10 @@ LANGUAGE = {
         "template <typename F> void each(int n, F f) { for (int k = 0; k < n; k++) f(k); }\n",
     ),
     "methods_defined_outside": (
-        "S s; s.set(x[i]); Box<int> b; b.set(2); out[i] = s.get() + b.at(0);",
-        X + 3,
+        "S s; s.set(x[i]); Box<int> b; b.set(2); out[i] = s.get() + b.at(0) + Twice()(2);",
+        X + 3 + 5,
+        "struct Twice { template <typename T> T operator()(T v) { thread T& w = v; return w * 2; } };\n"
+        "template <> int Twice::operator()(int v) { return v * 2 + 1; }\n"
         "struct S { float v[2]; void set(float a); float get() const thread;\n"
         "  thread float& at(int k) { return v[k]; } };\n"
         "void S::set(float a) { at(0) = a; }\nfloat S::get() const thread { return v[0]; }\n"

@@ -73,13 +73,22 @@ def _defined_outside(tokens: TokenList) -> dict[str, list[tuple[int, range]]]:
     """Methods defined outside their struct without a space, by name: where their parameters end, and their bodies."""
     ends: dict[str, list[tuple[int, range]]] = {}
     for i in tokens.indices():
-        if tokens[i].text == "(" and tokens[i].scope == "file" and tokens[i - 2].text == "::":
-            end = tokens.closing(i)
+        if tokens[i].text == "::" and tokens[i].scope == "file":
+            name = tokens[i + 1].text
+            opening = i + 2
+            if name == "operator" and tokens[opening].text == "(":
+                opening += 2
+            elif name == "operator":
+                name += tokens[opening].text
+                opening += 1
+            if tokens[opening].text != "(":
+                continue
+            end = tokens.closing(opening)
             after = end + 2 if tokens[end + 1].text == "const" else end + 1
             if tokens[after].text == "{":
-                ends.setdefault(tokens[i - 1].text, []).append((end, range(after, tokens.closing(after))))
+                ends.setdefault(name, []).append((end, range(after, tokens.closing(after))))
             elif tokens[after].text in _SPACES:
-                ends.setdefault(tokens[i - 1].text, [])
+                ends.setdefault(name, [])
     return ends
 
 
@@ -129,7 +138,7 @@ def _after_declarator(tokens: TokenList, start: int, opening: int, names: set[st
     before = [tokens[k].text for k in range(start, opening)]
     if tokens[end + 1].text in _AFTER_PARAMETERS and _is_method(before, names):
         bodies = [range(i, tokens.closing(i))] if tokens[i].text == "{" else []
-        name = "operator" if "operator" in before else before[-1]
+        name = "".join(before[before.index("operator") :]) if "operator" in before else before[-1]
         methods.append(_Method(name, start, opening, end, bodies, spaces))
     return i
 
