@@ -99,10 +99,10 @@ def check(fused: PagedModel, reqs: int, bits: int | None) -> str:
     """Compare a fused step, the same step on the model's own modules, and that in float32 from the same weights."""
     loop = Loop(fused, reqs, 300, BLOCK_SIZE)
     loop.seq_lens = 300 - 2 * np.arange(reqs, dtype=np.int32)
-    plain = PagedModel(fused.module, CONFIG, fused_decode=False)
+    plain = PagedModel(fused.module, CONFIG, compiled_decode=False)
     exact = random_model(bits)
     exact.set_dtype(mx.float32)
-    exact_loop = Loop(PagedModel(exact, CONFIG, fused_decode=False), reqs, 300, BLOCK_SIZE)
+    exact_loop = Loop(PagedModel(exact, CONFIG, compiled_decode=False), reqs, 300, BLOCK_SIZE)
     for name in loop.pool.layer_names:
         pages = loop.pool.layer(name).kv_cache.astype(mx.float32)
         exact_loop.pool.layer(name).update(lambda _, pages=pages: pages)
@@ -183,7 +183,7 @@ def run_case(reqs: int, context: int, bits: int | None, options: argparse.Namesp
     module = random_model(bits)
     fused = PagedModel(module, CONFIG)
     print(f"{name}: {check(fused, reqs, bits)}", flush=True)
-    for label, model in (("fused", fused), ("plain", PagedModel(module, CONFIG, fused_decode=False))):
+    for label, model in (("fused", fused), ("plain", PagedModel(module, CONFIG, compiled_decode=False))):
         if label == "fused" or options.plain:
             loop = Loop(model, reqs, context, WARM_UP + STEPS + options.memory_steps)
             print(f"{name}: {label} {tokens_per_second(loop, reqs)}", flush=True)

@@ -114,9 +114,9 @@ def check(module: nn.Module, config: dict[str, Any], reqs: int) -> str:
     exact = random_model(config)
     exact.set_dtype(mx.float32)
     models = (
-        PagedModel(exact, config, fused_decode=False),
-        PagedModel(module, config, fused_decode=False),
-        PagedModel(module, config),
+        PagedModel(exact, config, compiled_decode=False),
+        PagedModel(module, config, compiled_decode=False),
+        PagedModel(module, config, compiled_decode=True),
     )
     ids = np.random.default_rng(1).integers(1, vocab_size(config), (reqs, 24)).astype(np.int32)
     hidden = []
@@ -137,8 +137,8 @@ def run_model(name: str, options: argparse.Namespace) -> None:
     config = MODELS[name]
     module = random_model(config)
     print(f"{name}: {check(module, config, 32)}", flush=True)  # of few rows, one whose experts differ weighs much
-    compiled = PagedModel(module, config)
-    plain = PagedModel(module, config, fused_decode=False)
+    compiled = PagedModel(module, config, compiled_decode=True)
+    plain = PagedModel(module, config, compiled_decode=False)
     for reqs in BATCHES if options.batch is None else (options.batch,):
         for label, model in (("compiled", compiled), ("plain", plain)):
             if label == "compiled" or options.plain:

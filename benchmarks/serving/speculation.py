@@ -17,9 +17,7 @@ from compare import PROMPTS, mlx_directory
 from load import run_round
 from servers import vllm_serve
 
-RECORD = (
-    "name: {0}, colour: green, size: large, place: shelf {1}, state: in use, owner: the second floor\n"
-)
+RECORD = "name: {0}, colour: green, size: large, place: shelf {1}, state: in use, owner: the second floor\n"
 COPIES = [
     "".join(RECORD.format(name, shelf) for shelf in range(1, 9)) + f"name: {name},"
     for name in ("lamp", "chair", "table", "book", "clock", "plant", "phone", "mug")

@@ -35,6 +35,7 @@ def test_default_shown_to_users_is_accepted(var) -> None:  # type: ignore[no-unt
         ("VLLM_USE_MODELSCOPE", "True", "use_modelscope", True),
         ("VLLM_METAL_MLA_KERNEL", "auto", "mla_kernel", None),
         ("VLLM_METAL_MLA_KERNEL", "0", "mla_kernel", False),
+        ("VLLM_METAL_COMPILED_DECODE", "1", "compiled_decode", True),
         ("VLLM_METAL_MULTIMODAL_MODE", "text-only-compat", "multimodal_mode", "text-only-compat"),
         ("VLLM_METAL_PREFIX_CACHE", "1", "prefix_cache", True),
     ],

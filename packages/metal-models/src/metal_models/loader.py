@@ -38,6 +38,7 @@ def load(
     pooling: bool = False,
     mla_kernel: bool = True,
     gdn_kernel: bool = True,
+    compiled_decode: bool | None = None,
 ) -> PagedModel:
     """Load a model and evaluate its parameters.
 
@@ -47,6 +48,7 @@ def load(
         dtype: Type to cast floating-point parameters to; by default they stay as stored.
         mla_kernel: Whether latent attention may use the GPU kernel.
         gdn_kernel: Whether decode steps of gated delta nets may use the GPU kernel.
+        compiled_decode: See :class:`PagedModel`.
         expand_to_bytes: Hold quantised weights as floats if all weights then take no more than this. For MLX's
             CPU backend, whose quantized matmul is a scalar loop.
         pooling: Whether the checkpoint may be that of a model that embeds or classifies: see ``for_pooling``.
@@ -62,7 +64,7 @@ def load(
         expand(module, dtype)
     if dtype is not None:
         embed_in(module, dtype)
-    return PagedModel(module, config, mla_kernel=mla_kernel, gdn_kernel=gdn_kernel)
+    return PagedModel(module, config, mla_kernel=mla_kernel, gdn_kernel=gdn_kernel, compiled_decode=compiled_decode)
 
 
 def weight_bytes(

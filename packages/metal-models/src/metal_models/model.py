@@ -34,8 +34,10 @@ class PagedModel:
     Args:
         module: An mlx-lm model made by ``metal_models`` (see ``registry.model_classes``).
         config: As in the model's ``config.json``.
-        fused_decode: Whether steps of one row per request are compiled: as a program of fused kernels, where the model
-            and the device have one, or else on the model's own modules. Without, all steps run on these as they come.
+        compiled_decode: Whether steps of one row per request are compiled: as a program of fused kernels, where the
+            model and the device have one, or else on the model's own modules. With False all steps run on these as
+            they come; with None those of modules with recurrent states do, whose compiled form ran in the simulator
+            but on no GPU yet.
         mla_kernel: Whether latent attention may use the GPU kernel; else it is plain MLX over gathered rows.
         gdn_kernel: Whether decode steps of gated delta nets may use the GPU kernel; else they run on the model's own
             modules.
@@ -58,7 +60,7 @@ class PagedModel:
         module: nn.Module,
         config: dict[str, Any],
         *,
-        fused_decode: bool = True,
+        compiled_decode: bool | None = None,
         mla_kernel: bool = True,
         gdn_kernel: bool = True,
     ) -> None:
@@ -72,10 +74,9 @@ class PagedModel:
         self.hidden_size = self._trace.hidden_size
         self.dtype = self._trace.dtype
         self.nbytes = sum(array.nbytes for _, array in _leaves(module))
-        fused_decode = fused_decode and target() != "cpu"
+        self._compiled_decode = False if target() == "cpu" else compiled_decode
         self._program = None
-        self._compiles = fused_decode
-        if fused_decode:
+        if self._compiled_decode is not False:
             self._program = decode_program(module, gdn_kernel=gdn_kernel, mla_kernel=mla_kernel)
         self._decode_step: CompiledStep | None = None
         self.lora = LoraLayers(module, self.dtype)
@@ -148,9 +149,14 @@ class PagedModel:
         self._step = Step(self._mla_kernel)
         self._views = [layer.view(name, self._step, pool) for name, layer in self._trace.layers.items()]
         self._decode_step = program_step(self._program, list(self._trace.layers), pool)
-        if self._decode_step is None and self._compiles:
+        if self._decode_step is None and self._compiled_decode is not False:
             self._decode_step = module_step(
-                self.module, self._split, self._trace.layers, pool, mla_kernel=self._mla_kernel
+                self.module,
+                self._split,
+                self._trace.layers,
+                pool,
+                mla_kernel=self._mla_kernel,
+                states=bool(self._compiled_decode),
             )
         self._pool = pool
 

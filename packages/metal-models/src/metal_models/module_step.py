@@ -9,7 +9,7 @@ import mlx.nn as nn
 from metal_kernels import target
 from metal_kv.attention_metadata import AttentionMetadata
 from metal_kv.pool import KVCachePool
-from metal_kv.spec import LatentSpec
+from metal_kv.spec import LatentSpec, RecurrentStateSpec
 from metal_models.compiled_step import CompiledStep, NotCompiledError
 from metal_models.decode_views import RowStep
 from metal_models.few_row_modules import few_rows
@@ -62,7 +62,13 @@ class ModuleStep(CompiledStep):
 
 
 def module_step(
-    model: nn.Module, split: HeadSplit, layers: Mapping[str, Layer], pool: KVCachePool, *, mla_kernel: bool = True
+    model: nn.Module,
+    split: HeadSplit,
+    layers: Mapping[str, Layer],
+    pool: KVCachePool,
+    *,
+    mla_kernel: bool = True,
+    states: bool = False,
 ) -> ModuleStep | None:
     """Bind a model's modules to ``pool``; None where kernels do not do all of it, which the log says.
 
@@ -72,13 +78,16 @@ def module_step(
         layers: What stands behind its caches, by name.
         pool: The pool.
         mla_kernel: Whether latent attention may use its kernel.
+        states: Whether layers may keep recurrent states.
     """
     if target() == "cpu":
         return None
-    latent = any(isinstance(spec, LatentSpec) for spec in all_specs(layers, 1).values())
+    kinds = {type(spec) for spec in all_specs(layers, 1).values()}
     try:
-        if latent and not mla_kernel:
+        if LatentSpec in kinds and not mla_kernel:
             raise NotCompiledError("the kernel of latent attention is switched off")
+        if RecurrentStateSpec in kinds and not states:
+            raise NotCompiledError("that of recurrent states ran on no GPU yet; VLLM_METAL_COMPILED_DECODE=1 tries it")
         return ModuleStep(model, split, layers, pool, compiled=True)
     except NotCompiledError as error:
         logger.info("Decode steps run on the model's modules without being compiled: %s.", error)

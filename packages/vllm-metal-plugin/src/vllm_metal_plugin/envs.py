@@ -29,6 +29,7 @@ class MetalEnvs:
     prefix_cache_fraction: float
     gdn_lazy_kernels: bool
     mla_kernel: bool | None
+    compiled_decode: bool | None
     visible_devices: str | None
 
 
@@ -168,6 +169,11 @@ TABLE: tuple[EnvVar, ...] = (
     EnvVar(
         "VLLM_METAL_MLA_KERNEL", "mla_kernel", _optional_flag, "auto, 0 or 1", "auto", None,
         "Use the GPU kernel for multi-head latent attention.",
+    ),
+    EnvVar(
+        "VLLM_METAL_COMPILED_DECODE", "compiled_decode", _optional_flag, "auto, 0 or 1", "auto", None,
+        "Compile decode steps on a GPU, once for each bucket of sizes. `auto` leaves out models with recurrent states "
+        "that have no program of fused kernels (Jamba, RWKV 7, Kimi-Linear, …): 1 compiles those as well, 0 nothing.",
     ),
     EnvVar(
         "VLLM_METAL_VISIBLE_DEVICES", "visible_devices", _text, "device numbers", "unset", None,

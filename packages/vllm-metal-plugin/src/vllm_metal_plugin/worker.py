@@ -77,6 +77,7 @@ class MetalWorker(WorkerBase):  # type: ignore[misc]
             pooling=self.pools,
             mla_kernel=self.config.envs.mla_kernel is not False,
             gdn_kernel=self.config.envs.gdn_lazy_kernels,
+            compiled_decode=self.config.envs.compiled_decode,
         )
         self.towers: Towers | None = None
         if self.model_config.supports_multimodal_inputs:
