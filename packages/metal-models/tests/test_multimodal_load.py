@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from metal_models import CheckpointError, MetalModelsError, load
 from metal_models.multimodal import MultimodalItem, Towers, has_towers, load_towers
+from metal_models.multimodal.families.gemma4_unified import Family as Gemma4Unified
 from metal_models.multimodal.families.lfm2_vl import Family as Lfm2VL
 from metal_models.multimodal.families.qwen3_vl import Family
 from metal_models.multimodal.load import FAMILIES
@@ -161,3 +162,14 @@ def test_transformers_keeps_its_own_processors(towers: Towers) -> None:
         assert method.__module__.startswith("transformers.")
     assert "from_pretrained" not in vars(Lfm2VlProcessor)
     assert vars(Lfm2VlProcessorKwargs)["_defaults"]["images_kwargs"] == {"return_row_col_info": True}
+
+
+def test_a_last_stretch_of_sound_without_placeholder() -> None:
+    """vLLM counts placeholders as for Gemma 4's tower: one less than stretches where the last is short."""
+    unified = Gemma4Unified({"embed_audio": nn.Linear(16, 8)}, {"audio_config": {"audio_embed_dim": 16}})
+    features = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    data = {"input_features_padded": features, "input_features_mask": np.ones(5, bool)}
+    whole = unified.encode(MultimodalItem("audio", 0, 5, None, data))
+    assert np.array_equal(unified.encode(MultimodalItem("audio", 0, 4, None, data)), whole[:4])
+    with pytest.raises(MetalModelsError, match="expected 3 embeddings"):
+        unified.encode(MultimodalItem("audio", 0, 3, None, data))
