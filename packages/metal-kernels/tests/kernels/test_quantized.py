@@ -138,18 +138,20 @@ def test_every_head_has_its_place(head_size, group):
     assert variant.simdgroups * variant.heads * (head_size + 2) * 4 <= 32 * 1024
 
 
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16, 64])
-def test_every_head_has_its_place_in_matrices(group):
+def test_every_head_has_its_place_in_matrices(head_size, group):
     variant = kernels.quantized_decode_kernel(
-        "metal", mx.float16, RowFormat(1, 128, "int8", "fp8_e4m3"), group
+        "metal", mx.float16, RowFormat(2, head_size, "int8", "fp8_e4m3"), group
     ).variant
     assert variant.heads <= 8
     assert (variant.parts - 1) * variant.heads < group <= variant.parts * variant.heads
+    assert variant.simdgroups * (variant.heads * (head_size + 3) + 8) * 4 <= 32 * 1024
 
 
-@pytest.mark.parametrize("head_size", [80, 256])
-def test_head_sizes_in_matrices(head_size):
-    check_attention(RowFormat(1, head_size, "fp8_e4m3", "int8"), [40, 3], 3, mx.float16)
+@pytest.mark.parametrize(("head_size", "group"), [(80, 3), (256, 3), (256, 8)])
+def test_head_sizes_in_matrices(head_size, group):
+    check_attention(RowFormat(2, head_size, "fp8_e4m3", "int8"), [40, 3], group, mx.float16)
 
 
 def test_values_of_very_different_size():

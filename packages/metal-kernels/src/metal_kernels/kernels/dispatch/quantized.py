@@ -12,8 +12,8 @@ from metal_kernels.kernels.dispatch.verdict import FLOAT_DTYPES, HEAD_SIZES, Acc
 from metal_kernels.row_format import RowFormat
 
 _MAX_QUANTIZED_HEAD = 256  # elements that a SIMD-group quantises, 8 a lane
-_MAX_MATRIX_SHARED = 768  # likewise, on matrix units, for eight of them
 _MAX_QUANTIZED_SHARED = 1024  # floats of output of a SIMD-group, where four put them into threadgroup memory
+_MAX_MATRIX_SHARED = {8: 768, 4: 1984}  # likewise, on matrix units, by SIMD-groups; Metal has 32 KB for all
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,14 @@ def quantized_decode_kernel(
     if eight_bits and query_dtype != mx.float32 and row_format.row_words % 4 == 0:
         parts = -(-group // 8)
         heads = -(-group // parts)
-        return Accepted(MatrixVariant(heads, 8 if heads * head_size <= _MAX_MATRIX_SHARED else 4, 1, parts))
+        return Accepted(MatrixVariant(heads, _matrix_simdgroups(heads * head_size), 1, parts))
     # More heads of a threadgroup need more registers for each element; fewer elements leave room for them.
     width = 16 if group <= 2 else 8
     lanes = next(lanes for lanes in (4, 8, 16, 32) if lanes * width >= head_size)
     parts = -(-group // max(1, min(8, _MAX_QUANTIZED_SHARED // head_size)))
     return Accepted(QuantizedVariant(-(-group // parts), lanes, width, 4, 2, parts))
+
+
+def _matrix_simdgroups(shared: int) -> int:
+    """Return as many SIMD-groups as have room for ``shared`` floats of output each."""
+    return next((count for count, most in _MAX_MATRIX_SHARED.items() if shared <= most), 2)
