@@ -33,7 +33,18 @@ const int row = work_in[work * 4];
 const int table = work_in[work * 4 + 1];
 const int begin = work_in[work * 4 + 2];
 const int end = work_in[work * 4 + 3];
-if (begin >= end) return;  // a range that pads the plan: the whole threadgroup leaves
+if (begin >= end) {  // a range that pads the plan: the whole threadgroup leaves
+  for (int e = thread_index; e < 16 * LATENT; e += THREADS) {
+    const int head = first_head + e / LATENT;
+    if (head < Q_HEADS) partial_out[(long(work) * Q_HEADS + head) * LATENT + e % LATENT] = 0.0f;
+  }
+  if (thread_index < 16 && first_head + thread_index < Q_HEADS) {
+    const long at = long(work) * Q_HEADS + first_head + thread_index;
+    partial_stats[at * 2] = LOWEST;
+    partial_stats[at * 2 + 1] = 0.0f;
+  }
+  return;
+}
 
 uint4 next[CHUNKS];
 LOAD_NEXT(begin);
