@@ -31,7 +31,7 @@ class Verified(SampledTokens):
     """
 
     tokens: list[list[int]]
-    columns: Sequence[tuple[Int32[np.ndarray, "alive"], SampleLogprobs | None]]
+    columns: Sequence[tuple[Int32[np.ndarray, "_alive"], SampleLogprobs | None]]
 
     def arrays(self) -> list[mx.array]:
         """Return what has to be evaluated before log probabilities are read."""
