@@ -56,8 +56,7 @@ class SpeculativeRunner(ModelRunner):
 
     def _with_kept_tokens(self, scheduler_output: "SchedulerOutput") -> Mapping[str, int]:
         """Return the rows of each request, with those first that its states have not seen."""
-        for req_id in scheduler_output.finished_req_ids:
-            self._state_lens.pop(req_id, None)
+        self._state_lens = {req_id: n for req_id, n in self._state_lens.items() if req_id in self._batch.row_of}
         num_rows = dict(scheduler_output.num_scheduled_tokens)
         for req_id in num_rows:
             row = self._batch.row_of[req_id]
