@@ -12,7 +12,7 @@ from metal_kv.layer_cache import LayerCache
 from metal_kv.layout import CacheLayout, LayerPlace
 from metal_kv.recurrent_state import movable_pages
 from metal_kv.slab import Slab
-from metal_kv.spec import AttentionSpec, KVCacheSpec
+from metal_kv.spec import AttentionSpec, KVCacheSpec, RecurrentStateSpec
 
 _BLOCKS_AT_ONCE = 256
 
@@ -70,6 +70,10 @@ class KVCachePool:
                 f"[KVCachePool.layer] expected one of {list(self._layers)}, got {name!r}. "
                 "Use the names the layout was made with."
             ) from None
+
+    def state_layers(self) -> list[LayerCache]:
+        """Return the caches of the layers that keep recurrent states."""
+        return [layer for layer in self._layers.values() if isinstance(layer.spec, RecurrentStateSpec)]
 
     def arrays(self) -> list[mx.array]:
         """Return what to evaluate together with a step's outputs so that its writes are done.

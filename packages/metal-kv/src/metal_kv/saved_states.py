@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 
 from metal_kv.pool import KVCachePool
-from metal_kv.spec import RecurrentStateSpec
 
 
 class SavedStates:
@@ -21,8 +20,7 @@ class SavedStates:
     """
 
     def __init__(self, pool: KVCachePool, blocks: Mapping[int, Sequence[int]]) -> None:
-        layers = [pool.layer(name) for name in pool.layer_names]
-        self._layers = [layer for layer in layers if isinstance(layer.spec, RecurrentStateSpec)]
+        self._layers = pool.state_layers()
         self._blocks = {group: np.asarray(block_ids, np.int32) for group, block_ids in blocks.items()}
         self._states = [layer.read_states(mx.array(self._blocks[layer.group])) for layer in self._layers]
         mx.eval(self._states)  # the step writes in place

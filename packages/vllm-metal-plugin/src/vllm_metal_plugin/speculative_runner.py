@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds
 
-from metal_kv import KVCachePool, RecurrentStateSpec, SavedStates
+from metal_kv import KVCachePool, SavedStates
 from vllm_metal_plugin.model_runner import ModelRunner, PendingStep
 from vllm_metal_plugin.sampling import GrammarRows
 from vllm_metal_plugin.spec_decode.proposer import Proposer
-from vllm_metal_plugin.spec_decode.verify import Verified, verify
+from vllm_metal_plugin.spec_decode.verify import Verified, first_rows, verify
 from vllm_metal_plugin.step_inputs import StepInputs, build_step_inputs
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class SpeculativeRunner(ModelRunner):
         self._max_drafts = max_drafts
         self._max_model_len = max_model_len
         self._pool = pool
-        layers = [pool.layer(name) for name in pool.layer_names]
-        self._state_groups = {layer.group for layer in layers if isinstance(layer.spec, RecurrentStateSpec)}
+        self._state_groups = {layer.group for layer in pool.state_layers()}
         self._saved: tuple[list[str], SavedStates] | None = None
         self._state_lens: dict[str, int] = {}
         self._drafts = DraftTokenIds([], [])
@@ -130,9 +129,8 @@ def _grammar(
             tokens = drafts[place[req_id]]
             seen = acceptable[i] if acceptable is not None else 0
             tokens[seen:] = [-1] * len(tokens[seen:])
-    firsts = np.cumsum([0, *(1 + len(tokens) for tokens in drafts)])[:-1].tolist()
     return GrammarRows.from_vllm(
         grammar_output,
-        dict(zip(emitting, firsts, strict=True)),
+        dict(zip(emitting, first_rows(drafts).tolist(), strict=True)),
         {req_id: len(tokens) for req_id, tokens in scheduled.items()},
     )

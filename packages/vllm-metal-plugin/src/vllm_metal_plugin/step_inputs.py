@@ -93,14 +93,15 @@ def build_step_inputs(
             like=metadata[0] if metadata else None,
         )
         metadata.append(of_group)
-    num_drafts = np.fromiter((len(drafts.get(req_id, ())) for req_id in req_ids), np.int32, len(req_ids))
+    guesses = [drafts.get(req_id, ()) for req_id in req_ids]
+    num_drafts = np.fromiter(map(len, guesses), np.int32, len(guesses))
     return StepInputs(
         req_ids=req_ids,
         rows=rows,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         emits=seq_lens - num_drafts >= batch.num_tokens[rows],
-        token_ids=_token_ids(batch, rows, query_start_loc, seq_lens, [drafts.get(req_id, ()) for req_id in req_ids]),
+        token_ids=_token_ids(batch, rows, query_start_loc, seq_lens, guesses),
         metadata=metadata,
         drafts=drafts,
     )

@@ -48,6 +48,12 @@ class Verified(SampledTokens):
         return join_logprobs(parts, num_reqs) if parts else None
 
 
+def first_rows(drafts: Sequence[Sequence[int]]) -> Int32[np.ndarray, "reqs"]:
+    """Return each request's first row of logits, where it has one and one more for each of its drafts."""
+    firsts: np.ndarray = np.cumsum([0, *(1 + len(tokens) for tokens in drafts)])[:-1].astype(np.int32)
+    return firsts
+
+
 def verify(
     logits: Float[mx.array, "tokens vocab"],
     rows: Int32[np.ndarray, "reqs"],
@@ -68,7 +74,7 @@ def verify(
         state: Advances by the tokens that are returned.
         grammar: By rows of ``logits``.
     """
-    firsts = np.cumsum([0, *(1 + len(tokens) for tokens in drafts)])[:-1].astype(np.int32)
+    firsts = first_rows(drafts)
     tokens: list[list[int]] = [[] for _ in drafts]
     columns = []
     alive = np.arange(len(rows), dtype=np.int32)
