@@ -43,6 +43,12 @@ class AttentionMixer(TokenMixer):
     factor: float = 1.0
     keeps = "attn"
 
+    @staticmethod
+    def possible(module: Any, output: Any) -> bool:
+        """Whether the projections of a module, of which ``output`` is the last, are of a known kind."""
+        heads = [module.q_proj, module.k_proj, module.v_proj]
+        return JoinedLinear.joinable(heads) and JoinedLinear.joinable([output])
+
     def served(self, cache: LayerCache) -> bool:
         """Whether kernels write the layer's pages in place and attend over them."""
         pages = cache.kv_cache

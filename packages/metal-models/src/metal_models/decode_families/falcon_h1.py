@@ -34,8 +34,7 @@ def _possible(layer: Any) -> bool:
     mamba, attention = layer.mamba, layer.self_attn
     if mamba.mamba_rms_norm and mamba.norm.norm_before_gate:
         return False
-    heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    linear = JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.o_proj])
+    linear = AttentionMixer.possible(attention, attention.o_proj)
     return linear and Mamba2Mixer.possible(mamba) and feed_forward_possible(layer.feed_forward)
 
 

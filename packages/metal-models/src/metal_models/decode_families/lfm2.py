@@ -45,9 +45,7 @@ def _possible(layer: Any) -> bool:
         return False
     if not layer.is_attention_layer:
         return JoinedLinear.joinable([layer.conv.in_proj]) and JoinedLinear.joinable([layer.conv.out_proj])
-    attention = layer.self_attn
-    heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.out_proj])
+    return AttentionMixer.possible(layer.self_attn, layer.self_attn.out_proj)
 
 
 def _attention(module: Any, rotation: Rotation) -> AttentionMixer:

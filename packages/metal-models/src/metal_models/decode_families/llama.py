@@ -27,9 +27,7 @@ def program(backbone: Any) -> DecodeProgram | None:
 
 
 def _possible(layer: Any) -> bool:
-    attention = layer.self_attn
-    heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    linear = JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.o_proj])
+    linear = AttentionMixer.possible(layer.self_attn, layer.self_attn.o_proj)
     return linear and hasattr(layer.mlp, "gate_proj") and feed_forward_possible(layer.mlp)
 
 

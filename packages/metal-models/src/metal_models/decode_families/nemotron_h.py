@@ -32,8 +32,7 @@ def _possible(block: Any) -> bool:
     module = block.mixer
     if block.block_type == _MAMBA:
         return Mamba2Mixer.possible(module)
-    heads = [module.q_proj, module.k_proj, module.v_proj]
-    return JoinedLinear.joinable(heads) and JoinedLinear.joinable([module.o_proj])
+    return AttentionMixer.possible(module, module.o_proj)
 
 
 def _mixer(block: Any) -> TokenMixer:

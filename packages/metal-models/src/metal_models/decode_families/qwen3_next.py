@@ -40,9 +40,7 @@ def _possible(layer: Any) -> bool:
     if layer.is_linear:
         net = layer.linear_attn
         return "bias" not in net.conv1d and JoinedRows.possible([*_projections(net), net.out_proj])
-    attention = layer.self_attn
-    heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return JoinedLinear.joinable(heads) and JoinedLinear.joinable([attention.o_proj])
+    return AttentionMixer.possible(layer.self_attn, layer.self_attn.o_proj)
 
 
 def _feed_forward(module: Any) -> FeedForward:
